@@ -48,7 +48,7 @@ class MediaError(InputError):
 
     def __reduce__(self): return type(self), (self.path, self.reason)
 
-# %% ../../nbs/core/errors.ipynb #528b0796
+# %% ../../nbs/core/errors.ipynb #764981a5
 class MissingExtra(InputError, ImportError):
     "A part of the package that was not installed is needed."
 
@@ -57,7 +57,8 @@ def require(
     extra: str, # the extra that brings it: vision, recsys, reports, widgets
 ) -> ModuleType: # the imported module
     "Import `module`, or raise `MissingExtra` naming the extra that brings it."
+    package = module.partition(".")[0]
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] != module.split(".")[0]: raise
-        raise MissingExtra(f"{module.split('.')[0]} is not installed and this needs it: pip install 'visrec_nb[{extra}]'") from e
+        if e.name is None or e.name.partition(".")[0] != package: raise
+        raise MissingExtra(f"{package} is not installed and this needs it: pip install 'visrec_nb[{extra}]'") from e

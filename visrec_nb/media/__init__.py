@@ -1,0 +1,1 @@
+"Safe image and video decoding, coarse motion, rendered camera moves."
