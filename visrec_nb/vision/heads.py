@@ -9,9 +9,9 @@ __all__ = ['Standardize', 'ImageHead', 'over_time', 'ClipHead']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/vision/heads.ipynb #e03c4c6b
+# %% ../../nbs/vision/heads.ipynb #0eeddeb9
 class Standardize(nn.Module):
-    "Subtract a mean, divide by a spread, times a weight: all measured on training features, none trained."
+    "Subtract a mean, divide by a spread, cut at +-10, times a weight: all measured on training features, none trained."
     def __init__(self,
         weights: Tensor, # (D,) importance of each input before training
     ):
@@ -23,11 +23,11 @@ class Standardize(nn.Module):
     def measure(self,
         x: Tensor, # training features (N, D)
     ) -> None:
-        "Take mean and spread from training features; a constant feature is left at 0."
+        "Take mean and spread from training features; one that hardly varies (under 1 % of the typical spread) is left at 0."
         spread = x.std(0, correction=0)
-        self.mean, self.std = x.mean(0), torch.where(spread > 1e-6, spread, torch.full_like(spread, torch.inf))
+        self.mean, self.std = x.mean(0), torch.where(spread > 0.01 * spread.mean(), spread, torch.full_like(spread, torch.inf))
 
-    def forward(self, x: Tensor) -> Tensor: return (x - self.mean) / self.std * self.weight
+    def forward(self, x: Tensor) -> Tensor: return ((x - self.mean) / self.std).clamp(-10, 10) * self.weight
 
 # %% ../../nbs/vision/heads.ipynb #4dc8f47c
 class ImageHead(nn.Module):
