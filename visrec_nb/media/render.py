@@ -55,10 +55,10 @@ def camera_path(
     y = start[1] + width * (sin * along[0] + cos * along[1])
     return np.stack([x, y, width, roll + hand[2]], 1)
 
-# %% ../../nbs/media/render.ipynb #42b5b4bc
+# %% ../../nbs/media/render.ipynb #d35653d7
 def _prepared(photo: np.ndarray, size: int) -> np.ndarray:
     image = Image.fromarray(photo)
-    for short in (min(1.25 * size, min(image.size)), 2 * size):
+    for short in (min(1.25 * size, *image.size), 2 * size):
         scale = short / min(image.size)
         image = image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.BICUBIC)
     return np.asarray(image)

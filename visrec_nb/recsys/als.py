@@ -16,7 +16,7 @@ from .base import Recommender
 from .matrix import Interactions
 from .scorers import FactorScorer
 
-# %% ../../nbs/recsys/als.ipynb #4bd5de6e
+# %% ../../nbs/recsys/als.ipynb #e40fc215
 def als_factors(
     matrix: Interactions, # events
     factors: int, # length of the vectors
@@ -27,10 +27,11 @@ def als_factors(
     threads: int = 0, # 0 for all cores; the result does not depend on it
 ) -> tuple[np.ndarray, np.ndarray]: # user factors, item factors, float32
     "Train implicit's ALS."
-    als = require("implicit.cpu.als", "recsys").AlternatingLeastSquares(
-        factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, num_threads=threads,
-        random_state=named_seed(seed, "als") % 2**31)
-    with threadpool_limits(1, "blas"): als.fit(matrix.to_scipy(), show_progress=False)
+    model = require("implicit.cpu.als", "recsys").AlternatingLeastSquares
+    with threadpool_limits(1, "blas"):
+        als = model(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, num_threads=threads,
+                    random_state=named_seed(seed, "als") % 2**31)
+        als.fit(matrix.to_scipy(), show_progress=False)
     if not np.isfinite(als.item_factors).all():
         raise ParameterError("ALS: the factors are not finite; use a larger regularization or smaller weights")
     return als.user_factors, als.item_factors

@@ -42,7 +42,7 @@ def _items_table(items: Any) -> pl.DataFrame | None:
         raise InteractionsError(f"items: item_id {items.filter(pl.col('item_id').is_duplicated())['item_id'][0]!r} stands in more than one row")
     return items
 
-# %% ../../nbs/recsys/base.ipynb #736f9b34
+# %% ../../nbs/recsys/base.ipynb #d75363c5
 class Recommender:
     "Base of all recommenders: a model gives `_fit`, which returns its scorer."
     scorer: Scorer
@@ -247,13 +247,13 @@ class Recommender:
 
     def similar_items(self,
         item: Any, # id
-        k: int = 10, # how many
+        k: int = 10, # how many at most; only items that are at all alike
     ) -> pl.DataFrame: # item_id, rank, score[, title]
         "The items most like one item, itself left out."
         row = self._fitted()._item_row(item)
         scores = self.scorer.similar(row)
         if scores is None: raise ParameterError(f"item {item!r}: {type(self).__name__} knows nothing that would make another item similar")
-        scores = np.where(self.scorer.rankable, scores, -np.inf)[None].astype(np.float32)
+        scores = np.where(self.scorer.rankable & (scores > 0), scores, -np.inf)[None].astype(np.float32)
         scores[0, row] = -np.inf
         best = top_k(scores, k)[0]
         best = best[best >= 0]

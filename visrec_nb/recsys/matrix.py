@@ -79,7 +79,7 @@ class Interactions:
         from scipy.sparse import csr_matrix
         return csr_matrix((self.data, self.indices, self.indptr), shape=self.shape)
 
-# %% ../../nbs/recsys/matrix.ipynb #7b7512d2
+# %% ../../nbs/recsys/matrix.ipynb #75efa93d
 def from_events(
     users: pl.Series, # ids of the rows
     items: pl.Series, # ids of the columns
@@ -94,14 +94,14 @@ def from_events(
 
 def to_matrix(
     df: pl.DataFrame, # user_id, item_id[, weight]; repeated pairs are summed
-    items: pl.Series | None = None, # ids of the columns; None takes those of `df`, sorted
+    items: pl.Series | None = None, # ids of the columns; None takes those of `df`, the most used first
     extra_items: pl.Series | None = None, # more columns (a catalog's items), put after those of `df`
 ) -> Interactions: # users sorted by id; events with items that have no column are left out
     "Make the sparse matrix of an interaction log."
     df = df.with_columns(as_ids(df["user_id"]).alias("user_id"), as_ids(df["item_id"]).alias("item_id"))
     users = df["user_id"].unique().sort()
     if items is None:
-        items = df["item_id"].unique().sort()
+        items = df.group_by("item_id").len().sort("len", "item_id", descending=[True, False])["item_id"]
         if extra_items is not None:
             extra = as_ids(extra_items, items.dtype)
             if extra.null_count():

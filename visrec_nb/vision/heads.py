@@ -9,7 +9,7 @@ __all__ = ['Standardize', 'ImageHead', 'over_time', 'ClipHead']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/vision/heads.ipynb #0eeddeb9
+# %% ../../nbs/vision/heads.ipynb #741c657a
 class Standardize(nn.Module):
     "Subtract a mean, divide by a spread, cut at +-10, times a weight: all measured on training features, none trained."
     def __init__(self,
@@ -23,9 +23,10 @@ class Standardize(nn.Module):
     def measure(self,
         x: Tensor, # training features (N, D)
     ) -> None:
-        "Take mean and spread from training features; one that hardly varies (under 1 % of the typical spread) is left at 0."
+        "Take mean and spread from training features; one that hardly varies (under 1 % of its size) stays at 0: that is rounding noise."
         spread = x.std(0, correction=0)
-        self.mean, self.std = x.mean(0), torch.where(spread > 0.01 * spread.mean(), spread, torch.full_like(spread, torch.inf))
+        varies = spread > 0.01 * x.abs().amax(0) + 1e-6
+        self.mean, self.std = x.mean(0), torch.where(varies, spread, torch.full_like(spread, torch.inf))
 
     def forward(self, x: Tensor) -> Tensor: return ((x - self.mean) / self.std).clamp(-10, 10) * self.weight
 
