@@ -54,7 +54,7 @@ def movielens(
         if not (folder/f"{name}.parquet").is_file(): raise InputError(f"{folder/name}.parquet: missing; restore it from the repository")
     return MovieLens(*(pl.read_parquet(folder/f"{name}.parquet") for name in MovieLens._fields))
 
-# %% ../../nbs/data/samples.ipynb #c903e99e
+# %% ../../nbs/data/samples.ipynb #995b0ecf
 SPEEDS = {"train": (0.06, 0.12), "valid": (0.05, 0.14), "test": (0.04, 0.16)}
 PER_CLASS = {"train": 40, "valid": 12, "test": 20}
 
@@ -62,7 +62,7 @@ def _plan(photos: pl.DataFrame, per_class: Mapping[str, int], speeds: Mapping[st
     from visrec_nb.media.render import MOVES
     rows = []
     for split, count in per_class.items():
-        if split not in speeds: raise ParameterError(f"per_class names the split {split!r}, which has no range of speeds: {', '.join(speeds)}")
+        if split not in speeds: raise ParameterError(f"per_class: {split!r} has no range of speeds; choose from {', '.join(speeds)}")
         pool = photos.filter(pl.col("split") == split).sort("item_id") if "split" in photos.columns else photos.clear()
         if count and pool.is_empty(): raise ParameterError(f"clips for {split!r} were asked for and no photo has this split")
         draw = rng(seed, "camera moves", split)

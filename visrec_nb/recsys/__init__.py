@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "content": ["Content"],
     "hybrid": ["Hybrid"],
     "features": ["item_features"],
-    "compare": ["Comparison", "compare", "evaluate", "tune"],
+    "evaluation": ["Comparison", "compare", "evaluate", "tune"],
     "plots": ["plot_comparison", "plot_popularity"],
 })

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'plot_comparison', 'plot_popularity']
 
-# %% ../../nbs/recsys/plots.ipynb #33749598
+# %% ../../nbs/recsys/plots.ipynb #ba97be36
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING: from visrec_nb.recsys.compare import Comparison
+if TYPE_CHECKING: from visrec_nb.recsys.evaluation import Comparison
 
 # %% ../../nbs/recsys/plots.ipynb #356b4ba1
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

@@ -50,11 +50,11 @@ class ImageHead(nn.Module):
         logits = self.linear(self.dropout(self.scale(features)))
         return logits.mean(1) if features.ndim == 3 else logits
 
-# %% ../../nbs/vision/heads.ipynb #feabe5b2
+# %% ../../nbs/vision/heads.ipynb #0d18a92f
 def over_time(x: Tensor) -> list[Tensor]:
     "Mean, spread and mean absolute step over the time axis: (N, T, F) -> three of (N, F)."
     mean = x.mean(1)
-    spread = ((x - mean[:, None]).square().mean(1) + 1e-8).sqrt()
+    spread = ((x - mean[:, None]).square().mean(1) + 1e-6).sqrt()
     return [mean, spread, (x[:, 1:] - x[:, :-1]).abs().mean(1)]
 
 class ClipHead(nn.Module):
