@@ -17,7 +17,7 @@ import polars as pl
 from ..core.errors import InteractionsError, ParameterError
 from ..core.seeds import named_seed
 
-# %% ../../nbs/data/interactions.ipynb #60713394
+# %% ../../nbs/data/interactions.ipynb #f1edd65b
 COLUMNS = ("user_id", "item_id", "weight", "timestamp")
 
 def _table(log: Any) -> pl.DataFrame:
@@ -25,10 +25,10 @@ def _table(log: Any) -> pl.DataFrame:
     if isinstance(log, pl.LazyFrame): return log.collect()
     if isinstance(log, pl.DataFrame): return log
     if not isinstance(log, str | Path): return pl.DataFrame(log)
-    readers = {".csv": pl.read_csv, ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson}
+    readers: dict[str, Any] = {".csv": pl.read_csv, ".parquet": pl.read_parquet, ".jsonl": pl.read_ndjson, ".ndjson": pl.read_ndjson}
     suffix = Path(log).suffix.lower()
     if suffix not in readers: raise InteractionsError(f"{log}: the log must end in .csv, .parquet or .jsonl, not {suffix or 'nothing'!r}")
-    try: return readers[suffix](log, **({"infer_schema_length": None} if suffix != ".parquet" else {}))
+    try: return readers[suffix](log, **({} if suffix == ".parquet" else {"infer_schema_length": None}))
     except FileNotFoundError as e: raise InteractionsError(f"{log}: no such file") from e
     except (pl.exceptions.PolarsError, OSError) as e:
         raise InteractionsError(f"{log}: cannot be read as {suffix[1:]} ({str(e).splitlines()[0]})") from e
@@ -51,7 +51,7 @@ def _columns(df: pl.DataFrame, where: str, weight: str | None, extra: str) -> pl
         raise InteractionsError(f"{where}: unknown column {unknown[0]!r}: {hint}, or pass extra='keep' or extra='drop'")
     return df
 
-# %% ../../nbs/data/interactions.ipynb #f8ee1238
+# %% ../../nbs/data/interactions.ipynb #1cb21b99
 def _refuse(bad: pl.Series, where: str, column: str, what: str) -> None:
     "Raise with the count and the first rows where `bad` is true."
     if not (n := int(bad.sum())): return
@@ -64,7 +64,8 @@ def _ids(df: pl.DataFrame, column: str, where: str) -> pl.Series:
     if ids.dtype == pl.Object: ids = pl.Series(column, [None if x is None else str(x) for x in ids], dtype=pl.String)
     if ids.dtype.is_float():
         _refuse(ids.is_null() | ids.is_nan(), where, column, "missing ids")
-        if not (ids == ids.round()).all(): raise InteractionsError(f"{where}: column {column!r} holds fractions; ids are whole numbers or text")
+        if not (ids == ids.round()).all():
+            raise InteractionsError(f"{where}: column {column!r} holds fractions; ids are whole numbers or text")
         ids = ids.cast(pl.Int64)
     if not (ids.dtype.is_integer() or ids.dtype == pl.String): ids = ids.cast(pl.String)
     _refuse(ids.is_null() | (ids == "" if ids.dtype == pl.String else False), where, column, "missing ids")
@@ -93,7 +94,7 @@ def _times(df: pl.DataFrame, where: str) -> pl.Series:
     _refuse(time.is_null(), where, "timestamp", "timestamps that cannot be read (ISO 8601 or seconds since 1970 are meant)")
     return time
 
-# %% ../../nbs/data/interactions.ipynb #061fec69
+# %% ../../nbs/data/interactions.ipynb #a7bfe484
 def merge_duplicates(
     df: pl.DataFrame, # interactions
     duplicates: str = "sum", # sum, max or last weight, count (weight = number of events), error
@@ -109,7 +110,7 @@ def merge_duplicates(
     if duplicates == "last" and "timestamp" in df.columns: df = df.sort("timestamp", maintain_order=True)
     weight = pl.col("weight") if "weight" in df.columns else pl.lit(1.0)
     how = {"sum": weight.sum(), "max": weight.max(), "last": weight.last(), "count": pl.len().cast(pl.Float64)}[duplicates]
-    if "weight" not in df.columns and duplicates in ("sum", "max", "last"): how = pl.len().cast(pl.Float64) if duplicates == "sum" else pl.lit(1.0)
+    if "weight" not in df.columns and duplicates in ("max", "last"): how = pl.lit(1.0)
     rest = [pl.col(c).max() if c == "timestamp" else pl.col(c).last() for c in df.columns if c not in ("user_id", "item_id", "weight")]
     merged = df.group_by("user_id", "item_id", maintain_order=True).agg(how.alias("weight"), *rest)
     keep = "weight" in df.columns or duplicates == "count" or merged.height < df.height
@@ -173,7 +174,7 @@ def split_interactions(
     else: test = _some_ids(df, f"{by}_id", test_fraction, seed)
     return df.filter(~test), df.filter(test)
 
-# %% ../../nbs/data/interactions.ipynb #44e3a7fa
+# %% ../../nbs/data/interactions.ipynb #e2491b3b
 def _finding(severity: str, check: str, subject: Any, count: int, message: str) -> dict[str, Any]:
     return {"severity": severity, "check": check, "subject": str(subject), "count": int(count), "message": message}
 
@@ -182,7 +183,8 @@ def _time_findings(df: pl.DataFrame, per_minute: int) -> Iterable[dict[str, Any]
         yield _finding("warning", "no_time", "timestamp", df.height, "no timestamps: the log cannot be split by time")
         return
     behind = int((df["timestamp"].diff().dt.total_microseconds() < 0).sum())
-    if behind: yield _finding("info", "unordered", "timestamp", behind, f"{behind} rows are earlier than the row before them (harmless here)")
+    if behind:
+        yield _finding("info", "unordered", "timestamp", behind, f"{behind} rows are earlier than the row before them (harmless)")
     fast = df.group_by("user_id", pl.col("timestamp").dt.truncate("1m")).len().group_by("user_id").agg(pl.col("len").max())
     for user, n in fast.filter(pl.col("len") > per_minute).sort("len", "user_id", descending=[True, False]).rows():
         yield _finding("warning", "burst", user, n, f"user {user}: {n} events within one minute; a script or an import?")
@@ -197,7 +199,8 @@ def _user_findings(df: pl.DataFrame) -> Iterable[dict[str, Any]]:
     low, high = (float(logs.quantile(q, "linear") or 0) for q in (0.25, 0.75))
     limit = np.exp(high + 3 * max(high - low, 0.2))
     for user, n in counts.filter(pl.col("len") > limit).sort("len", "user_id", descending=[True, False]).rows():
-        yield _finding("warning", "heavy_user", user, n, f"user {user}: {n} events, far beyond the others (limit {limit:.0f}); a bot or a shared account?")
+        yield _finding("warning", "heavy_user", user, n,
+                       f"user {user}: {n} events, far beyond the others (limit {limit:.0f}); a bot or a shared account?")
 
 def check_interactions(
     df: pl.DataFrame, # interactions, or a raw log with the same columns
@@ -210,11 +213,13 @@ def check_interactions(
     users, items = df["user_id"].n_unique(), df["item_id"].n_unique()
     density = df.n_unique(["user_id", "item_id"]) / (users * items)
     found.append(_finding("warning" if df.height < 5 * items else "info", "sparsity", "log", df.height,
-                          f"{users} users, {items} items, {df.height} events: {density:.2%} of all pairs, {df.height / items:.1f} events an item"))
+                          f"{users} users, {items} items, {df.height} events: {density:.2%} of all pairs, "
+                          f"{df.height / items:.1f} events an item"))
     counts = df.group_by("item_id").len()["len"].sort(descending=True)
     top = max(1, items // 100)
     share = counts[:top].sum() / df.height
     found.append(_finding("warning" if share > 0.5 else "info", "popularity", "item_id", top,
-                          f"the most used 1 % of items ({top}) hold {share:.0%} of all events; {int((counts == 1).sum())} items have one event"))
+                          f"the most used 1 % of items ({top}) hold {share:.0%} of all events; "
+                          f"{int((counts == 1).sum())} items have one event"))
     order = {"error": 0, "warning": 1, "info": 2}
     return pl.DataFrame(sorted(found, key=lambda f: (order[f["severity"]], f["check"])), orient="row")

@@ -19,7 +19,7 @@ import numpy as np
 from ..core.errors import MediaError, ParameterError
 from .image import _height_width
 
-# %% ../../nbs/media/video.ipynb #c04dcc95
+# %% ../../nbs/media/video.ipynb #4ccba092
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,h264,hevc,m4v,flv,ogg,asf,wmv,dv,mxf,ivf,nut"
 MAX_BYTES = 4 * 2**30
 MAX_PIXELS = 36_000_000
@@ -35,6 +35,17 @@ def _check_file(path: str | Path, max_bytes: int) -> None:
     if facts.st_size == 0: raise MediaError(path, "the file is empty")
     if facts.st_size > max_bytes: raise MediaError(path, f"{facts.st_size:,} bytes, more than the limit of {max_bytes:,}")
 
+def _is_cut(path: str | Path, kind: str, stream: Any) -> bool:
+    "Whether the container itself says that it goes on behind the end of the file."
+    size = os.stat(path).st_size
+    if "mov" in kind and len(stream.index_entries): return stream.index_entries[-1].pos + stream.index_entries[-1].size > size
+    if kind not in ("avi", "gif"): return False
+    with open(path, "rb") as f:
+        promised = int.from_bytes(f.read(8)[4:], "little")
+        f.seek(max(size - 256, 0))
+        tail = f.read().rstrip(b"\0\r\n ")
+    return not tail.endswith(b";") if kind == "gif" else size + 1 < promised + 8 < 2**32
+
 def _video_stream(container: Any, path: str | Path, max_pixels: int) -> Any:
     streams = [s for s in container.streams.video if not int(s.disposition) & int(av.stream.Disposition.attached_pic)]
     if not streams: raise MediaError(path, "holds no video stream")
@@ -44,8 +55,7 @@ def _video_stream(container: Any, path: str | Path, max_pixels: int) -> Any:
     if context is None: raise MediaError(path, "is coded in a way that this FFmpeg cannot decode")
     if context.width * context.height > max_pixels:
         raise MediaError(path, f"{context.width:,} x {context.height:,} pixels, more than the limit of {max_pixels:,}")
-    if "mov" in container.format.name and (index := stream.index_entries) and (last := index[-1]).pos + last.size > os.stat(path).st_size:
-        raise MediaError(path, "truncated: the file ends before its last frame")
+    if _is_cut(path, container.format.name, stream): raise MediaError(path, "truncated: the file ends before its last frame")
     context.options = {"max_pixels": str(max_pixels)}
     context.thread_count = 1
     return stream
@@ -113,14 +123,15 @@ def probe(
         width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
         return Facts(seconds, frames, fps, width, height, rotation)
 
-# %% ../../nbs/media/video.ipynb #85052014
-SEEK_AHEAD = 6
+# %% ../../nbs/media/video.ipynb #6ffe9778
+SEEK_AHEAD = 8
 
 class _Reader:
     "Yields the frames shown at rising times."
     def __init__(self, container: Any, stream: Any, path: str | Path, seconds: float, fps: float, max_pixels: int):
         self.container, self.stream, self.path, self.seconds, self.fps, self.max_pixels = container, stream, path, seconds, fps, max_pixels
         self.seeking = len(stream.index_entries) > 1
+        self.unordered = container.format.name == "avi"
         self.held: Any = None
         self._restart(None)
         if self.ahead is None: raise MediaError(path, "holds no frames")
@@ -136,7 +147,8 @@ class _Reader:
         self.ahead = next(self.frames, None)
         if self.ahead is None: return
         if self.ahead.width * self.ahead.height > self.max_pixels: raise MediaError(self.path, "a frame is larger than the limit of pixels")
-        pts = self.ahead.pts if self.ahead.pts is not None else self.ahead.dts
+        pts, dts = self.ahead.pts, self.ahead.dts
+        if pts is None or (self.unordered and dts is not None): pts = dts
         self.ahead_time = float(pts * self.ahead.time_base) if pts is not None else self.count / self.fps
         self.count += 1
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recommender', 'RecommenderBundle', 'load']
 
-# %% ../../nbs/recsys/base.ipynb #7056c596
+# %% ../../nbs/recsys/base.ipynb #bb88d313
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,9 +19,9 @@ from threadpoolctl import threadpool_limits
 from ..core.bundle import new_bundle, verify_bundle
 from ..core.errors import BundleError, InteractionsError, ParameterError
 from .matrix import Interactions, as_ids, from_events, rows_of, to_matrix, top_k
-from .scorers import ConstantScorer, Scorer, make_scorer
+from .scorers import Scorer, make_scorer
 
-# %% ../../nbs/recsys/base.ipynb #ca78c3c7
+# %% ../../nbs/recsys/base.ipynb #c3f1c9b6
 def _join(parts: list[Interactions]) -> Interactions:
     "Histories one below the other."
     offsets = np.cumsum([0, *(len(p.indices) for p in parts)])
@@ -39,7 +39,8 @@ def _items_table(items: Any) -> pl.DataFrame | None:
     if not isinstance(items, pl.DataFrame): items = pl.DataFrame(items)
     if "item_id" not in items.columns: raise InteractionsError(f"items: no column 'item_id'; it has {items.columns}")
     if items["item_id"].is_duplicated().any():
-        raise InteractionsError(f"items: item_id {items.filter(pl.col('item_id').is_duplicated())['item_id'][0]!r} stands in more than one row")
+        twice = items.filter(pl.col("item_id").is_duplicated())["item_id"][0]
+        raise InteractionsError(f"items: item_id {twice!r} stands in more than one row; keep one")
     return items
 
 # %% ../../nbs/recsys/base.ipynb #d75363c5
@@ -289,10 +290,11 @@ def _blocks(rows: np.ndarray, width: int) -> Iterator[np.ndarray]:
     size = max(1, 16_000_000 // max(width, 1))
     for start in range(0, len(rows), size): yield rows[start:start + size]
 
-# %% ../../nbs/recsys/base.ipynb #73f52626
+# %% ../../nbs/recsys/base.ipynb #25e8a897
 class RecommenderBundle(Recommender):
     "A trained recommender read from a bundle; it cannot be trained."
     manifest: dict[str, Any]
+    _popularity: np.ndarray
 
     def fit(self, interactions: pl.DataFrame, items: Any = None) -> Self:
         raise ParameterError("a bundle holds a trained model; train the model itself, or use fold_in for new events")

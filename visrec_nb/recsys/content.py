@@ -16,13 +16,13 @@ from .features import item_features
 from .matrix import Interactions
 from .scorers import ProfileScorer, unit_rows
 
-# %% ../../nbs/recsys/content.ipynb #4f66bd72
+# %% ../../nbs/recsys/content.ipynb #39d71446
 class Content(Recommender):
     "Cosine between a user's profile and the items' features."
     def __init__(self,
         item_embeddings: Any = None, # (ids, array), a frame with item_id and embedding, or an object with for_items(ids)
         columns: Mapping[str, str] | None = None, # catalog column to list, text or year; None chooses by name and type
-        dims: int = 64, # numbers an item
+        dims: int = 128, # numbers an item
         seed: int = 0, # of their reduction
     ):
         self._embeddings, self._columns, self.dims, self.seed = item_embeddings, columns, dims, seed

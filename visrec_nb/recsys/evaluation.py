@@ -56,7 +56,7 @@ def evaluate(
     share = coverage(lists, size)
     return {**summarize(values, seed), **with_interval(f"coverage@{k}", share, (share, share)), "n_users": float(len(users))}
 
-# %% ../../nbs/recsys/evaluation.ipynb #24a53b2b
+# %% ../../nbs/recsys/evaluation.ipynb #2b4c97df
 @dataclass
 class Comparison:
     "What `compare` found."
@@ -70,7 +70,8 @@ class Comparison:
         "A row a model and metric."
         rows = [{"model": m, "metric": name, "value": v, "ci_low": values.get(f"{name}_ci_low"), "ci_high": values.get(f"{name}_ci_high")}
                 for m, values in self.metrics.items() for name, v in values.items() if not name.endswith(("_ci_low", "_ci_high"))]
-        return pl.DataFrame(rows, schema={"model": pl.String, "metric": pl.String, "value": pl.Float64, "ci_low": pl.Float64, "ci_high": pl.Float64})
+        kinds = dict.fromkeys(("model", "metric"), pl.String) | dict.fromkeys(("value", "ci_low", "ci_high"), pl.Float64)
+        return pl.DataFrame(rows, schema=kinds)
 
     def difference(self,
         model: str, # name of one model
@@ -81,6 +82,14 @@ class Comparison:
         "How much better one model is than another on the same users, with the paired interval."
         d = self.per_user[model][metric] - self.per_user[other][metric]
         return with_interval("difference", float(d.mean()), mean_interval(d, seed))
+
+def _new_items(train: pl.DataFrame, test: pl.DataFrame, items: pl.DataFrame | None) -> tuple[pl.Series, pl.DataFrame]:
+    "The items without events in train, and the test events that have them."
+    pool = test["item_id"] if items is None else items["item_id"].cast(train["item_id"].dtype)
+    new = pool.filter(~pool.is_in(train["item_id"].unique().implode())).unique(maintain_order=True)
+    test = test.filter(pl.col("item_id").is_in(new.implode()))
+    if not test.height: raise InteractionsError("only_new_items: every test item has events in train; split by='item' to make new items")
+    return new, test
 
 def compare(
     models: Mapping[str, Recommender], # name to model, not trained
@@ -93,12 +102,7 @@ def compare(
     seed: int = 0, # of the bootstrap
 ) -> Comparison:
     "Fit models on train and measure them on test."
-    allow = None
-    if only_new_items:
-        pool = test["item_id"] if items is None else items["item_id"].cast(train["item_id"].dtype)
-        allow = pool.filter(~pool.is_in(train["item_id"].unique().implode())).unique(maintain_order=True)
-        test = test.filter(pl.col("item_id").is_in(allow.implode()))
-        if not test.height: raise InteractionsError("only_new_items: every test item has events in train; split by='item' to make new items")
+    allow, test = _new_items(train, test, items) if only_new_items else (None, test)
     out = Comparison({}, {}, {}, pl.Series([]))
     for name, model in track(models.items(), "recommenders", len(models)):
         start = time.perf_counter()
@@ -107,10 +111,11 @@ def compare(
         out.users, out.per_user[name], lists = user_metrics(model, test, k, allow, features)
         share = coverage(lists, len(model.items) if allow is None else len(allow))
         out.metrics[name] = {**summarize(out.per_user[name], seed), **with_interval(f"coverage@{k}", share, (share, share)),
-                             "n_users": float(len(out.users)), "fit_seconds": fitted - start, "evaluate_seconds": time.perf_counter() - fitted}
+                             "n_users": float(len(out.users)), "fit_seconds": fitted - start,
+                             "evaluate_seconds": time.perf_counter() - fitted}
     return out
 
-# %% ../../nbs/recsys/evaluation.ipynb #15c01241
+# %% ../../nbs/recsys/evaluation.ipynb #8a917089
 def tune(
     make: Callable[..., Recommender], # from settings to a model, not trained
     grid: Mapping[str, Sequence[Any]], # setting to the values to try
@@ -119,17 +124,24 @@ def tune(
     metric: str = "ndcg@10", # what to choose by
     by: str = "time_per_user", # how to cut; see `split_interactions`
     test_fraction: float = 0.2, # share of the validation part
+    only_new_items: bool = False, # choose by how new items are ranked; goes with by="item"
+    folds: int = 1, # validation parts, one before the other in time (drawn anew where the cut is not by time)
     seed: int = 0, # of the cut
 ) -> tuple[dict[str, Any], pl.DataFrame]: # the best settings; a row a trial: the settings, the metric, seconds
     "Try every combination of settings and return the best by a validation part."
-    name, _, k = metric.partition("@")
+    k = metric.partition("@")[2]
     if not k.isdigit(): raise ParameterError(f"metric={metric!r}: a name with its length is meant, such as ndcg@10")
-    part, valid = split_interactions(train, by, test_fraction, seed)
+    cuts, rest = [], train
+    for fold in range(folds):
+        part, valid = split_interactions(rest, by, test_fraction, seed + fold)
+        cuts.append((part, *(_new_items(part, valid, items) if only_new_items else (None, valid))))
+        if by in ("time_per_user", "time", "leave_last"): rest = part
     trials, combos = [], [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     for settings in track(combos, "tuning"):
         start = time.perf_counter()
-        values = user_metrics(make(**settings).fit(part, items=items), valid, int(k))[1]
-        if metric not in values: raise ParameterError(f"metric={metric!r}: one of {', '.join(values)} is meant")
-        trials.append({**settings, metric: float(values[metric].mean()), "seconds": time.perf_counter() - start})
+        found = [user_metrics(make(**settings).fit(part, items=items), valid, int(k), allow)[1] for part, allow, valid in cuts]
+        if metric not in found[0]: raise ParameterError(f"metric={metric!r}: one of {', '.join(found[0])} is meant")
+        value = float(np.mean([values[metric].mean() for values in found]))
+        trials.append({**settings, metric: value, "seconds": time.perf_counter() - start})
     best = max(range(len(trials)), key=lambda i: trials[i][metric])
     return combos[best], pl.DataFrame(trials)

@@ -20,12 +20,14 @@ from ..core.seeds import rng
 from .matrix import as_ids, rows_of
 from .scorers import unit_rows
 
-# %% ../../nbs/recsys/features.ipynb #f756d3e6
-STOPWORDS = frozenset("a an and at by da das de del der des die du el en for from il in is it la las le les los my of on or the to un une with".split())
+# %% ../../nbs/recsys/features.ipynb #3c80732a
+STOPWORDS = frozenset("a an and at by for from in is it my of on or the to with "
+                      "da das de del der des die du el en il la las le les los un une".split())
 
 def _tfidf(row: np.ndarray, word: pl.Series, n: int, min_items: int, max_words: int) -> sp.csr_matrix:
     counts = pl.DataFrame({"row": row, "word": word}).drop_nulls().group_by("row", "word").len()
-    kept = counts.group_by("word").len("items").filter(pl.col("items") >= min_items).sort("items", "word", descending=[True, False]).head(max_words)
+    kept = counts.group_by("word").len("items").filter(pl.col("items") >= min_items)
+    kept = kept.sort("items", "word", descending=[True, False]).head(max_words)
     kept = kept.with_columns(pl.int_range(pl.len()).alias("column"), (n / pl.col("items")).log().alias("idf"))
     cells = counts.join(kept, on="word").sort("row", "column").with_columns(((1 + pl.col("len").log()) * pl.col("idf")).alias("value"))
     matrix = sp.csr_matrix((cells["value"], (cells["row"], cells["column"])), shape=(n, kept.height), dtype=np.float32)
@@ -49,7 +51,8 @@ def text_block(
     "Words of texts as TF-IDF rows of length 1."
     if isinstance(texts.dtype, pl.List): texts = texts.cast(pl.List(pl.String)).list.join(" ")
     words = texts.cast(pl.String).str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+")
-    table = pl.DataFrame({"row": np.arange(len(texts)), "word": words}).explode("word", empty_as_null=True).filter(~pl.col("word").is_in(list(STOPWORDS)))
+    table = pl.DataFrame({"row": np.arange(len(texts)), "word": words}).explode("word", empty_as_null=True)
+    table = table.filter(~pl.col("word").is_in(list(STOPWORDS)))
     return _tfidf(table["row"].to_numpy(), table["word"], len(texts), min_items, max_words)
 
 def year_block(
@@ -85,7 +88,7 @@ def reduce_features(
     signs = np.sign(u[np.abs(u).argmax(0), np.arange(u.shape[1])])
     return (u * s * signs)[:, :width].astype(np.float32)
 
-# %% ../../nbs/recsys/features.ipynb #fb4bfc7a
+# %% ../../nbs/recsys/features.ipynb #d047fefa
 TEXTS = ("title", "tags", "text", "description")
 
 def feature_columns(
@@ -105,7 +108,8 @@ def embedding_rows(
 ) -> np.ndarray: # float32 rows of length 1, zero where unknown, shape (len(item_ids), d)
     "Embeddings in the order of the items."
     if hasattr(embeddings, "for_items"): return unit_rows(np.nan_to_num(np.asarray(embeddings.for_items(item_ids), np.float32)))
-    if isinstance(embeddings, pl.DataFrame): embeddings = (embeddings["item_id"], np.stack([np.asarray(v) for v in embeddings["embedding"]]))
+    if isinstance(embeddings, pl.DataFrame):
+        embeddings = (embeddings["item_id"], np.stack([np.asarray(v) for v in embeddings["embedding"]]))
     ids, vectors = embeddings
     vectors = np.asarray(vectors, np.float32)
     if vectors.ndim != 2 or len(vectors) != len(ids):
@@ -125,7 +129,7 @@ def item_features(
 ) -> np.ndarray: # float32, shape (n_items, at most dims + embedding_dims)
     "Features of the items of a catalog."
     kinds = feature_columns(items) if columns is None else dict(columns)
-    make = {"list": list_block, "text": text_block, "year": year_block}
+    make: dict[str, Any] = {"list": list_block, "text": text_block, "year": year_block}
     for name, kind in kinds.items():
         if name not in items.columns or kind not in make:
             raise ParameterError(f"columns={{{name!r}: {kind!r}}}: a column of the catalog and one of {', '.join(make)} are meant")
@@ -133,6 +137,6 @@ def item_features(
     parts = [reduce_features(sp.hstack(blocks), dims, seed)] if blocks else []
     if item_embeddings is not None: parts.append(reduce_features(embedding_rows(item_embeddings, items["item_id"]), embedding_dims, seed))
     if not parts:
-        raise ParameterError(f"nothing to describe the items with: give items= with genres, labels, texts or a year (found {items.columns}), "
-                             "or item_embeddings=")
+        raise ParameterError(f"nothing to describe the items with: give items= with genres, labels, texts or a year "
+                             f"(found {items.columns}), or item_embeddings=")
     return np.hstack(parts)

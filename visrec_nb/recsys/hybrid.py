@@ -32,7 +32,7 @@ def ridge_map(
     penalty[-1, -1] = 1e-6
     return (x @ np.linalg.solve(x[used].T @ x[used] + penalty, x[used].T @ factors[used])).astype(np.float32)
 
-# %% ../../nbs/recsys/hybrid.ipynb #5174f436
+# %% ../../nbs/recsys/hybrid.ipynb #e98548ed
 class Hybrid(Recommender):
     "ALS factors, what the features expect of them, and the features themselves."
     def __init__(self,
@@ -40,15 +40,17 @@ class Hybrid(Recommender):
         item_embeddings: Any = None, # (ids, array), a frame with item_id and embedding, or an object with for_items(ids)
         columns: Mapping[str, str] | None = None, # catalog column to list, text or year; None chooses by name and type
         dims: int = 32, # numbers an item for the catalog's columns
-        content_weight: float = 1.5, # s; 0 leaves the features out of warm items
-        shrink: float = 1.0, # m, in users
-        new_item_weight: float = 0.5, # g of items without users
+        content_weight: float = 1.5, # s; 0 leaves the features to new items alone
+        shrink: float = 0.0, # m, in users
+        new_item_weight: float = 0.5, # g
+        new_item_content: float = 0.25, # h
         l2: float = 10.0, # of the ridge map
     ):
-        if content_weight < 0 or shrink < 0 or new_item_weight <= 0 or l2 <= 0:
-            raise ParameterError("Hybrid: content_weight and shrink of at least 0, new_item_weight and l2 above 0 are meant")
+        if min(content_weight, shrink, new_item_content) < 0 or min(new_item_weight, l2) <= 0:
+            raise ParameterError("Hybrid: content_weight, shrink, new_item_content of at least 0; new_item_weight, l2 above 0 are meant")
         self.als, self._embeddings, self._columns = als or ALS(), item_embeddings, columns
-        self.dims, self.content_weight, self.shrink, self.new_item_weight, self.l2 = dims, content_weight, shrink, new_item_weight, l2
+        self.dims, self.content_weight, self.shrink, self.l2 = dims, content_weight, shrink, l2
+        self.new_item_weight, self.new_item_content = new_item_weight, new_item_content
 
     def params(self) -> dict[str, Any]: return {**super().params(), **{f"als_{k}": v for k, v in self.als.params().items()}}
 
@@ -57,6 +59,7 @@ class Hybrid(Recommender):
         n, own = matrix.item_counts(), self.als.item_factors(matrix)
         used, known = n > 0, features.any(1)
         w = np.where(used, n / np.maximum(n + self.shrink, 1e-12), 0)[:, None]
-        y = np.hstack([w * own + (1 - w) * ridge_map(features, own, used, self.l2), self.content_weight * features])
-        y = np.where(used, 1, self.new_item_weight)[:, None] * y
+        expected = w * own + (1 - w) * ridge_map(features, own, used, self.l2)
+        y = np.hstack([expected, self.content_weight * np.where(used, 1, self.new_item_content)[:, None] * features])
+        y *= np.where(used, 1, self.new_item_weight)[:, None]
         return factor_scorer(y.astype(np.float32), used, self.als.regularization, self.als.alpha, used | known)

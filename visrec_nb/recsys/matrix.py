@@ -79,7 +79,7 @@ class Interactions:
         from scipy.sparse import csr_matrix
         return csr_matrix((self.data, self.indices, self.indptr), shape=self.shape)
 
-# %% ../../nbs/recsys/matrix.ipynb #75efa93d
+# %% ../../nbs/recsys/matrix.ipynb #86e7aa9c
 def from_events(
     users: pl.Series, # ids of the rows
     items: pl.Series, # ids of the columns
@@ -88,7 +88,8 @@ def from_events(
     w: np.ndarray, # weight of each event
 ) -> Interactions:
     "CSR rows from events; repeated pairs are summed."
-    events = pl.DataFrame({"u": u, "i": i, "w": w}).filter(pl.col("i") >= 0).group_by("u", "i", maintain_order=True).agg(pl.col("w").sum()).sort("u", "i")
+    events = pl.DataFrame({"u": u, "i": i, "w": w}).filter(pl.col("i") >= 0)
+    events = events.group_by("u", "i", maintain_order=True).agg(pl.col("w").sum()).sort("u", "i")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(events["u"].to_numpy(), minlength=len(users)))]).astype(np.int64)
     return Interactions(users, items, indptr, events["i"].to_numpy().astype(np.int32), events["w"].to_numpy().astype(np.float32))
 
@@ -105,12 +106,13 @@ def to_matrix(
         if extra_items is not None:
             extra = as_ids(extra_items, items.dtype)
             if extra.null_count():
-                raise InteractionsError(f"items: {extra.null_count()} ids are missing or not of the log's type ({items.dtype}); use the same ids in both")
+                raise InteractionsError(f"items: {extra.null_count()} ids are missing or not of the log's type ({items.dtype}); "
+                                        "use the same ids in both")
             items = pl.concat([items, extra.filter(~extra.is_in(items.implode())).unique(maintain_order=True)])
     weight = df["weight"].cast(pl.Float64) if "weight" in df.columns else pl.Series("weight", np.ones(df.height))
     return from_events(users, items, rows_of(df["user_id"], users), rows_of(df["item_id"], items), weight.to_numpy())
 
-# %% ../../nbs/recsys/matrix.ipynb #0b725f65
+# %% ../../nbs/recsys/matrix.ipynb #ee7e9fae
 def top_k(
     scores: np.ndarray, # shape (n, m); -inf marks what must not be chosen
     k: int, # how many
@@ -121,7 +123,8 @@ def top_k(
     if k == 0: return np.empty((n, 0), np.int64)
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k < m else np.tile(np.arange(m), (n, 1))
     least = np.take_along_axis(scores, best, 1).min(1)
-    tied = np.flatnonzero(((scores == least[:, None]).sum(1) > (np.take_along_axis(scores, best, 1) == least[:, None]).sum(1)) & (least > -np.inf))
+    chosen = (np.take_along_axis(scores, best, 1) == least[:, None]).sum(1)
+    tied = np.flatnonzero(((scores == least[:, None]).sum(1) > chosen) & (least > -np.inf))
     for r in tied:
         above = np.flatnonzero(scores[r] > least[r])
         best[r] = np.concatenate([above, np.flatnonzero(scores[r] == least[r])[: k - len(above)]])

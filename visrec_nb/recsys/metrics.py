@@ -26,7 +26,7 @@ def hits(
     asked = np.arange(len(lists))[:, None] * width + lists
     return np.isin(asked, wanted) & (lists >= 0)
 
-# %% ../../nbs/recsys/metrics.ipynb #4f9dcdc6
+# %% ../../nbs/recsys/metrics.ipynb #59cc9848
 def ranking_metrics(
     hit: np.ndarray, # bool, shape (n_users, k)
     n_test: np.ndarray, # size of each user's test set, at least 1, shape (n_users,)
@@ -40,7 +40,8 @@ def ranking_metrics(
     ideal = np.cumsum(discount)[np.minimum(n_test, k) - 1]
     precision_at = np.cumsum(hit, 1) / rank
     first = np.where(hit.any(1), hit.argmax(1) + 1.0, np.inf) if hit.shape[1] else np.full(len(hit), np.inf)
-    values = {"recall": hit.sum(1) / n_test, "ndcg": (hit * discount[: hit.shape[1]]).sum(1) / ideal, "map": (hit * precision_at).sum(1) / n_test,
+    values = {"recall": hit.sum(1) / n_test, "ndcg": (hit * discount[: hit.shape[1]]).sum(1) / ideal,
+              "map": (hit * precision_at).sum(1) / n_test,
               "mrr": 1 / first, "hit_rate": hit.any(1).astype(float), "precision": hit.sum(1) / k}
     return {f"{name}@{k}": value for name, value in values.items()}
 
@@ -77,7 +78,7 @@ def _row_means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     n = mask.sum(1)
     return np.where(n > 0, np.where(mask, values, 0).sum(1) / np.maximum(n, 1), np.nan)
 
-# %% ../../nbs/recsys/metrics.ipynb #59da5691
+# %% ../../nbs/recsys/metrics.ipynb #57cc15cb
 def summarize(
     values: Mapping[str, np.ndarray], # name to a value a user; NaN where a user has none
     seed: int = 0, # of the bootstrap
@@ -85,6 +86,6 @@ def summarize(
     "Means over users with their bootstrap intervals, as entries of `metrics.json`."
     out: dict[str, float] = {}
     for name, value in values.items():
-        value = value[~np.isnan(value)]
-        out |= with_interval(name, value.mean() if len(value) else 0.0, mean_interval(value, seed))
+        there = value[~np.isnan(value)]
+        out |= with_interval(name, there.mean() if len(there) else 0.0, mean_interval(there, seed))
     return out

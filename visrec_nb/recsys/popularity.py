@@ -15,7 +15,7 @@ from .base import Recommender
 from .matrix import Interactions
 from .scorers import ConstantScorer
 
-# %% ../../nbs/recsys/popularity.ipynb #d1087440
+# %% ../../nbs/recsys/popularity.ipynb #31885c84
 class Popularity(Recommender):
     "The most used items, the same list for everybody."
     def __init__(self,
@@ -36,11 +36,13 @@ class Popularity(Recommender):
         return ConstantScorer(out)
 
 class Random(Recommender):
-    "A fixed random order of the items: what no knowledge at all is worth."
+    "A random order of the items for each user: what no knowledge at all is worth. For comparisons; a bundle of it would hold popularity."
     def __init__(self,
-        seed: int = 0, # of the order
+        seed: int = 0, # of the orders
     ):
         self.seed = seed
 
-    def _fit(self, matrix: Interactions, items: pl.DataFrame) -> ConstantScorer:
-        return ConstantScorer(rng(self.seed, "random recommender").random(len(matrix.items)))
+    def _fit(self, matrix: Interactions, items: pl.DataFrame) -> ConstantScorer: return ConstantScorer(self.popularity())
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([rng(self.seed, "random recommender", int(r)).random(len(self.items), np.float32) for r in rows])

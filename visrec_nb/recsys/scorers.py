@@ -6,13 +6,13 @@
 __all__ = ['Scorer', 'unit_rows', 'cosine_to', 'ConstantScorer', 'FactorScorer', 'ProfileScorer', 'NeighbourScorer',
            'make_scorer']
 
-# %% ../../nbs/recsys/scorers.ipynb #4133134c
+# %% ../../nbs/recsys/scorers.ipynb #427463cb
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..core.errors import BundleError
-from .matrix import Interactions, to_matrix
+from .matrix import Interactions
 
 # %% ../../nbs/recsys/scorers.ipynb #8a80b74f
 class Scorer(Protocol):
@@ -90,7 +90,7 @@ class FactorScorer:
     def arrays(self): return {"factors": self.factors, "gram": self.gram, "rankable": self.rankable}
     def facts(self): return {"alpha": self.alpha}
 
-# %% ../../nbs/recsys/scorers.ipynb #72592471
+# %% ../../nbs/recsys/scorers.ipynb #bc2eb4f4
 class ProfileScorer:
     "Unit feature vectors; a user is the direction of the weighted sum of theirs."
     kind = "profile"
@@ -98,7 +98,7 @@ class ProfileScorer:
         features: np.ndarray, # float32 rows of length 1 (or 0: nothing known), shape (n_items, d)
     ):
         self.features = np.asarray(features, np.float32)
-        self.rankable = self.features.any(1)
+        self.rankable = np.asarray(self.features.any(1))
 
     def encode(self, history):
         out = np.zeros((len(history), self.features.shape[1]), np.float32)
