@@ -1,0 +1,12 @@
+"Image and video classification: backbones, embeddings, learners, evaluation, bundles. Loaded when first used."
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
+    "backbones": ["Backbone", "backbone", "onnx_backbone", "torch_backbone"],
+    "encoder": ["Encoder"],
+    "store": ["EmbeddingStore"],
+    "features": ["clip_preprocessing", "embed", "image_preprocessing"],
+    "learners": ["VisionLearner", "image_learner", "video_learner"],
+    "evaluation": ["classification_metrics", "worst_mistakes"],
+    "predictor": ["ClassifierBundle"],
+})

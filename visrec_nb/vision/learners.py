@@ -6,9 +6,10 @@
 __all__ = ['training_part', 'feature_loaders', 'head_logits', 'fit_head_on', 'VisionLearner', 'write_classifier_bundle',
            'image_learner', 'video_learner']
 
-# %% ../../nbs/vision/learners.ipynb #b2187530
+# %% ../../nbs/vision/learners.ipynb #70836eee
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.optimizer import SGD
 from fastai.vision.augment import aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
@@ -37,7 +39,7 @@ from ..media.image import load_image
 from .backbones import Backbone, backbone, export_encoder, export_onnx, onnx_backbone, torch_backbone
 from .encoder import onnx_session, run_onnx
 from .evaluation import fit_temperature, log_loss, softmax
-from .features import Embedded, clip_preprocessing, embed, image_preprocessing
+from .features import VIEWS, Embedded, clip_preprocessing, embed, image_preprocessing
 from .heads import ClipHead, ImageHead
 from .predictor import ClassifierBundle
 
@@ -64,7 +66,7 @@ def training_part(
         class_labels(catalog)
     return with_hashes(catalog), labels
 
-# %% ../../nbs/vision/learners.ipynb #2979e664
+# %% ../../nbs/vision/learners.ipynb #57aa15ef
 def feature_loaders(
     features: np.ndarray, # float32 (N, T, F)
     targets: np.ndarray, # class numbers (N,)
@@ -91,30 +93,31 @@ def head_logits(head: nn.Module, features: np.ndarray) -> np.ndarray:
     return logits
 
 def fit_head_on(
-    head: nn.Module, # ImageHead or ClipHead; changed in place
+    head: ImageHead | ClipHead, # changed in place
     dls: DataLoaders, # from `feature_loaders`
     valid: tuple[np.ndarray, np.ndarray], # features and targets to choose by
-    epochs: int = 20, # passes over the features
-    lr: float = 1e-2, # top of the one-cycle schedule
-    wds: Sequence[float] = (0.01, 0.03, 0.1, 0.3), # weight decays to try
+    epochs: int = 40, # passes over the features
+    lrs: Sequence[float] = (1.0, 4.0, 16.0), # step sizes to try, for inputs of length 1
+    wd: float = 3e-4, # weight decay, for inputs of length 1
     seed: int = 42, # of the order of batches and of dropout
-) -> list[dict[str, float]]: # wd, log_loss, accuracy on the validation part: a row each
-    "Train a head once a weight decay and keep the best."
+) -> list[dict[str, float]]: # lr, log_loss, accuracy on the validation part: a row each
+    "Train a head once a step size and keep the best."
     start = {k: v.clone() for k, v in head.state_dict().items()}
+    length = float(head.scale.weight.square().sum())
     tried, best = [], (np.inf, start)
-    for wd in wds:
+    for lr in lrs:
         head.load_state_dict(start)
         seed_everything(seed)
-        learn = Learner(dls, head, loss_func=CrossEntropyLossFlat(label_smoothing=0.05), metrics=accuracy)
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, wd=wd)
+        learn = Learner(dls, head, loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=partial(SGD, mom=0.9))
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr / length, wd=wd * length, moms=(0.9, 0.8, 0.9))
         logits = head_logits(head, valid[0])
         loss = log_loss(softmax(logits, fit_temperature(logits, valid[1])), valid[1])
-        tried.append({"wd": wd, "log_loss": loss, "accuracy": float((logits.argmax(1) == valid[1]).mean())})
+        tried.append({"lr": lr, "log_loss": loss, "accuracy": float((logits.argmax(1) == valid[1]).mean())})
         if loss < best[0]: best = (loss, {k: v.clone() for k, v in head.state_dict().items()})
     head.load_state_dict(best[1])
     return tried
 
-# %% ../../nbs/vision/learners.ipynb #cfb2285a
+# %% ../../nbs/vision/learners.ipynb #16873df3
 class VisionLearner(Learner):
     "A fastai `Learner` that remembers its catalog, trains its head on cached features, and writes bundles."
     catalog: pl.DataFrame # the readable train and valid rows
@@ -146,16 +149,16 @@ class VisionLearner(Learner):
         return isinstance(self.model, nn.Sequential) and _weights_fingerprint(self.model[0]) != self._pretrained
 
     def fit_head(self,
-        epochs: int = 20, # passes over the features
-        lr: float = 1e-2, # top of the one-cycle schedule
-        wds: Sequence[float] = (0.01, 0.03, 0.1, 0.3), # weight decays to try; validation chooses
+        epochs: int = 40, # passes over the features
+        lrs: Sequence[float] = (1.0, 4.0, 16.0), # step sizes to try, for inputs of length 1; validation chooses
+        wd: float = 3e-4, # weight decay
     ) -> "VisionLearner":
         "Train the head on cached features; the backbone stays as it came."
         if self._body_changed(): raise ParameterError("the backbone was fine-tuned: fit_head needs it as it came; make a new learner")
         x, y, train = self._features, self._targets, self._train
         views = self.preprocessing["media"] == "image"
         self.head.cpu().measure(torch.from_numpy(x[train]))
-        self.history = fit_head_on(self.head, feature_loaders(x, y, train, views), (x[~train], y[~train]), epochs, lr, wds, self.seed)
+        self.history = fit_head_on(self.head, feature_loaders(x, y, train, views), (x[~train], y[~train]), epochs, lrs, wd, self.seed)
         return self
 
     def to_bundle(self,
@@ -213,7 +216,7 @@ def write_classifier_bundle(
         manifest["temperature"] = fit_temperature(logits[valid], learn._targets[valid])
     return ClassifierBundle(path)
 
-# %% ../../nbs/vision/learners.ipynb #f1353984
+# %% ../../nbs/vision/learners.ipynb #dff174c8
 def _open_image(path: str, size: int) -> PILImage: return PILImage.create(load_image(path, size))
 
 def _without_unreadable(catalog: pl.DataFrame, found: Embedded) -> pl.DataFrame:
@@ -229,10 +232,10 @@ def image_learner(
     arch: str = "efficientnet_lite0", # the backbone: packaged, or any name of timm
     *,
     store: str | Path | None = None, # the embedding store; None: the cache folder
-    views: Sequence[str] = ("plain", "flip"), # what the head sees of a photo
+    views: Sequence[str] = VIEWS, # what the head sees of a photo
     valid_fraction: float = 0.2, # set aside where there is no validation part
     bs: int = 32, # batch size of fine-tuning
-    dropout: float = 0.2, # before the last layer
+    dropout: float = 0.0, # before the last layer
     seed: int = 42, # of everything random
     **kwargs: Any, # for `Learner`
 ) -> VisionLearner:
@@ -264,7 +267,7 @@ def _remember(learn, catalog, found, labels, preprocessing, row, seed, store, pr
     learn._store, learn._features, learn._pretrained = store, found.features, pretrained
     return learn
 
-# %% ../../nbs/vision/learners.ipynb #3cac35c0
+# %% ../../nbs/vision/learners.ipynb #c58371db
 def video_learner(
     source: Any, # class folders, a catalog file or frame
     arch: str = "efficientnet_lite0", # the backbone: packaged, or any name of timm
@@ -273,7 +276,7 @@ def video_learner(
     num_segments: int = 8, # moments looked at in a clip
     valid_fraction: float = 0.2, # set aside where there is no validation part
     bs: int = 64, # batch size
-    dropout: float = 0.2, # before the last layer
+    dropout: float = 0.0, # before the last layer
     seed: int = 42, # of everything random
     **kwargs: Any, # for `Learner`
 ) -> VisionLearner:
