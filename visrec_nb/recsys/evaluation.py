@@ -56,7 +56,7 @@ def evaluate(
     share = coverage(lists, size)
     return {**summarize(values, seed), **with_interval(f"coverage@{k}", share, (share, share)), "n_users": float(len(users))}
 
-# %% ../../nbs/recsys/evaluation.ipynb #2b4c97df
+# %% ../../nbs/recsys/evaluation.ipynb #9862b537
 @dataclass
 class Comparison:
     "What `compare` found."
@@ -64,6 +64,7 @@ class Comparison:
     fitted: dict[str, Recommender] # the trained models
     per_user: dict[str, dict[str, np.ndarray]] = field(repr=False) # model to metric to a value a user
     users: pl.Series = field(repr=False) # the test users
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict, repr=False) # model to fit, evaluate: time taken
 
     @property
     def frame(self) -> pl.DataFrame: # model, metric, value, ci_low, ci_high
@@ -111,8 +112,8 @@ def compare(
         out.users, out.per_user[name], lists = user_metrics(model, test, k, allow, features)
         share = coverage(lists, len(model.items) if allow is None else len(allow))
         out.metrics[name] = {**summarize(out.per_user[name], seed), **with_interval(f"coverage@{k}", share, (share, share)),
-                             "n_users": float(len(out.users)), "fit_seconds": fitted - start,
-                             "evaluate_seconds": time.perf_counter() - fitted}
+                             "n_users": float(len(out.users))}
+        out.seconds[name] = {"fit": fitted - start, "evaluate": time.perf_counter() - fitted}
     return out
 
 # %% ../../nbs/recsys/evaluation.ipynb #8a917089

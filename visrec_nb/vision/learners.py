@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['training_part', 'feature_loaders', 'head_logits', 'fit_head_on', 'VisionLearner', 'write_classifier_bundle',
-           'image_learner', 'video_learner']
+           'image_learner', 'video_learner', 'still_frame_metrics']
 
-# %% ../../nbs/vision/learners.ipynb #70836eee
+# %% ../../nbs/vision/learners.ipynb #95aca28b
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +34,7 @@ from ..core.bundle import new_bundle
 from ..core.errors import BundleError, CatalogError, ParameterError
 from ..core.files import cache_dir
 from ..core.seeds import named_seed, seed_everything
+from ..core.stats import wilson_interval, with_interval
 from ..data.catalog import catalog_fingerprint, class_labels, read_catalog, with_hashes
 from ..media.image import load_image
 from .backbones import Backbone, backbone, export_encoder, export_onnx, onnx_backbone, torch_backbone
@@ -41,7 +42,7 @@ from .encoder import onnx_session, run_onnx
 from .evaluation import fit_temperature, log_loss, softmax
 from .features import VIEWS, Embedded, clip_preprocessing, embed, image_preprocessing
 from .heads import ClipHead, ImageHead
-from .predictor import ClassifierBundle
+from .predictor import ClassifierBundle, Evaluation
 
 # %% ../../nbs/vision/learners.ipynb #a8cc8fab
 def training_part(
@@ -295,3 +296,19 @@ def video_learner(
     head.measure(torch.from_numpy(found.features[train]))
     learn = VisionLearner(dls, head, loss_func=CrossEntropyLossFlat(), metrics=accuracy, **kwargs)
     return _remember(learn, catalog, found, labels, preprocessing, row, seed, store, "")
+
+# %% ../../nbs/vision/learners.ipynb #62502d61
+def still_frame_metrics(
+    learn: VisionLearner, # from `video_learner`
+    test: Evaluation, # of its bundle
+    epochs: int = 40, # as in `fit_head`
+    seed: int = 42, # of everything random
+) -> dict[str, float]: # still_frame_accuracy and its interval
+    "Accuracy of a head that sees one frame of each clip and no motion."
+    x, y, train = learn._features[:, :1, :learn.row.dim], learn._targets, learn._train
+    seed_everything(seed)
+    head = ImageHead(learn.row.dim, len(learn.labels))
+    head.measure(torch.from_numpy(x[train]))
+    fit_head_on(head, feature_loaders(x, y, train), (x[~train], y[~train]), epochs, seed=seed)
+    right = head_logits(head, test.features[:, :1, :learn.row.dim]).argmax(1) == test.targets
+    return with_interval("still_frame_accuracy", right.mean(), wilson_interval(right.sum(), len(right)))
