@@ -11,12 +11,15 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Named after what the files hold, not after their time: nbdev-export writes pyproject.toml anew each time.
+WANTED := constraints.txt settings.ini setup.py pyproject.toml
+STAMP := $(VENV)/.installed-$(shell cat $(WANTED) | sha256sum | cut -c1-16)
 OUT ?= out/demo
+OLDEST_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST_PYTHON)".split("."))))
 # The first of these that is new enough; name another one with `make report PYTHON=/path/to/python`.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
-  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
-OLDEST_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+  if "$$p" -c '$(NEW_ENOUGH)' 2>/dev/null; then echo "$$p"; break; fi; done)
 # Notebooks that run at once, one thread each. Left out: report templates, which the package runs with parameters, and benchmarks.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SKIP_FOLDERS := ^([_.].*|notebooks|benchmarks)$$
@@ -65,23 +68,25 @@ lab: $(STAMP) ## JupyterLab on the notebooks
 
 constraints: ## constraints.txt anew after a change of settings.ini, for all Pythons; pins that still fit stay
 	@tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; \
-	$(PYTHON) -m venv "$$tools"; "$$tools/bin/pip" install -q uv; \
+	"$(PYTHON)" -m venv "$$tools"; "$$tools/bin/pip" install -q uv; \
 	"$$tools/bin/uv" pip compile -q pyproject.toml --extra all --universal --python-version $(OLDEST_PYTHON) --no-annotate \
 	  --custom-compile-command 'make constraints' -o constraints.txt
 
 clean: ## remove what was made, but not .venv
 	rm -rf out build dist _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
-	@if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	  if [ -z "$(PYTHON)" ]; then \
-	    echo "No Python 3.11 or newer was found. Install one (Debian 12, Ubuntu 24.04: apt-get install python3 python3-venv)," >&2; \
-	    echo "or name it: make $(or $(MAKECMDGOALS),report) PYTHON=/path/to/python3.12" >&2; \
+$(STAMP):
+	@if ! $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null; then \
+	  if ! "$(PYTHON)" -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+	    echo "$(if $(PYTHON),$(PYTHON) is not,The PATH has no) Python $(OLDEST_PYTHON) or newer. Install one" \
+	      "(Debian 12, Ubuntu 24.04: apt-get install python3 python3-venv), or name it:" \
+	      "make $(or $(MAKECMDGOALS),report) PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "Making $(VENV) with $$($(PYTHON) --version)"; \
-	  $(PYTHON) -m venv --clear $(VENV); \
+	  echo "Making $(VENV) with $$("$(PYTHON)" --version)"; \
+	  "$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@echo "Installing visrec_nb and what it needs into $(VENV) (some 6 GB, most of it torch: minutes, once)"
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@rm -f $(VENV)/.installed*
 	@touch $@

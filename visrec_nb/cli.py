@@ -315,7 +315,7 @@ def report_run(
     if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
     else: typer.echo(str(run.folder / "index.html"))
 
-# %% ../nbs/cli.ipynb #a93686ba
+# %% ../nbs/cli.ipynb #36450248
 def main() -> None:
     "The console script."
     try: status = app(standalone_mode=False)
@@ -323,7 +323,9 @@ def main() -> None:
     except InputError as e: status = _leave(str(e), 2)
     except BrokenPipeError: status = 1
     except Exception as e:
-        if type(e).__name__ == "NoArgsIsHelpError": status = typer.echo(str(getattr(e, "message", e)), err=True) or 2
+        if type(e).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(getattr(e, "message", e)), err=True)
+            status = 2
         elif hasattr(e, "format_message"): status = _leave(e.format_message(), 2) # a usage error of typer
         elif os.environ.get("VISREC_DEBUG"): raise
         else: status = _leave(str(e) if isinstance(e, VisrecError) else f"{type(e).__name__}: {e} (VISREC_DEBUG=1 shows where)", 1)

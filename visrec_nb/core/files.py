@@ -6,8 +6,8 @@
 __all__ = ['atomic_file', 'atomic_folder', 'to_json', 'write_json', 'read_json', 'sha256_file', 'fingerprint',
            'folder_fingerprint', 'cache_dir']
 
-# %% ../../nbs/core/files.ipynb #ca0a26ef
-import hashlib, json, os, shutil, uuid
+# %% ../../nbs/core/files.ipynb #736868b3
+import glob, hashlib, json, os, platform, shutil, uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +15,25 @@ from typing import Any
 
 from .errors import InputError
 
-# %% ../../nbs/core/files.ipynb #43cded8f
+# %% ../../nbs/core/files.ipynb #ba82ad38
+def _host() -> str: return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
 def _aside(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    _sweep(path)
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+def _alive(pid: int) -> bool:
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: return True
+    return True
+
+def _sweep(path: Path) -> None:
+    "Remove what dead processes of this machine left aside for `path`."
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}-*.partial"):
+        pid = left.name.split(".")[-2].split("-")[1]
+        if pid.isdigit() and not _alive(int(pid)): shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)

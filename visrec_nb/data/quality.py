@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'GREY', 'COLOUR', 'BLANK', 'DARK', 'BLURRED', 'TINY', 'ODD_ASPECT', 'HASH_BITS', 'COLOUR_GAP', 'MAX_SHIFT',
-           'MAX_PAIRS', 'PAIR_COLUMNS', 'FEW', 'IMBALANCE', 'CHECKS', 'FINDING_COLUMNS', 'Check', 'check_catalog',
-           'duplicate_pairs']
+           'INNER', 'MAX_PAIRS', 'PAIR_COLUMNS', 'FEW', 'IMBALANCE', 'CHECKS', 'FINDING_COLUMNS', 'COLOURS', 'Check',
+           'check_catalog', 'duplicate_pairs', 'plot_classes', 'plot_pairs']
 
-# %% ../../nbs/data/quality.ipynb #39defd9a
+# %% ../../nbs/data/quality.ipynb #9c3c76ea
 import hashlib, io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from ..core.errors import MediaError, ParameterError
+from ..core.errors import CatalogError, MediaError, ParameterError, require
 from ..core.files import sha256_file
 from ..core.progress import track
-from .catalog import count_by_class, read_catalog
+from .catalog import read_catalog
 from ..media.image import MAX_BYTES, decode_image, read_bytes
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -110,8 +110,8 @@ def _look(row: tuple[str, str]) -> _Seen | None:
     except MediaError as e: return _Seen(e.reason, e.reason == "no such file")
     except OSError as e: return _Seen(f"cannot be read ({e.strerror or e})")
 
-# %% ../../nbs/data/quality.ipynb #30ca4307
-HASH_BITS, COLOUR_GAP, MAX_SHIFT = 16, 18.0, 0.2
+# %% ../../nbs/data/quality.ipynb #ad5e52c1
+HASH_BITS, COLOUR_GAP, MAX_SHIFT, INNER = 16, 20.0, 0.2, slice(2, -2)
 
 def _blur(x: np.ndarray) -> np.ndarray:
     for axis in (1, 2):
@@ -131,34 +131,45 @@ def _warp(x: np.ndarray, move: np.ndarray) -> np.ndarray:
     top, bottom = x[row, i, j] * (1 - fx) + x[row, i, j + 1] * fx, x[row, i + 1, j] * (1 - fx) + x[row, i + 1, j + 1] * fx
     return top * (1 - fy) + bottom * fy
 
-def _align(first: np.ndarray, second: np.ndarray, steps: int = 3) -> np.ndarray:
+def _align(first: np.ndarray, second: np.ndarray, steps: int = 2) -> np.ndarray:
     "The `move` that lays `second` on `first`, both float32 (N, S, S)."
     n, side = first.shape[:2]
     axis, move = np.linspace(-1, 1, side, dtype=np.float32), np.zeros((len(first), 4), np.float32)
     for _ in range(steps):
         moved = _warp(second, move)
         dy, dx = np.gradient((first + moved) / 2, 2 / (side - 1), axis=(1, 2))
-        slopes = np.stack([dx, dx * axis, dy, dy * axis[:, None]], -1).reshape(n, -1, 4)
+        slopes = np.stack([dx, dx * axis, dy, dy * axis[:, None]], -1)[:, INNER, INNER].reshape(n, -1, 4)
         slopes -= slopes.mean(1, keepdims=True)
         square = slopes.transpose(0, 2, 1) @ slopes
         square += (1e-3 * np.trace(square, axis1=1, axis2=2)[:, None, None] / 4 + 1e-4) * np.eye(4, dtype=np.float32)
-        step = np.linalg.solve(square, slopes.transpose(0, 2, 1) @ (first - moved).reshape(n, -1, 1))[..., 0]
+        step = np.linalg.solve(square, slopes.transpose(0, 2, 1) @ (first - moved)[:, INNER, INNER].reshape(n, -1, 1))[..., 0]
         move = np.clip(move + step, -MAX_SHIFT, MAX_SHIFT).astype(np.float32)
     return move
 
-# %% ../../nbs/data/quality.ipynb #12377833
+# %% ../../nbs/data/quality.ipynb #fb3c014f
 def _edges(x: np.ndarray) -> np.ndarray:
-    x = x[:, 2:-2, 2:-2]
+    x = x[:, INNER, INNER]
     return np.concatenate([np.diff(x, axis=1).reshape(len(x), -1), np.diff(x, axis=2).reshape(len(x), -1)], 1)
 
-def _similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray: # float (N,), -1 to 1; 1 is the same
-    "Correlation of the edges of grey pictures uint8 (N, 32, 32), after laying one on the other."
-    a, b = _blur(first.astype(np.float32)), _blur(second.astype(np.float32))
-    move = _align(_boxes(_blur(a), GREY // 2), _boxes(_blur(b), GREY // 2))
-    x, y = _edges(a), _edges(_warp(b, move))
-    return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1) + 1e-6)
+def _laid_over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "The lesser of two agreements, of edges and of tones, with `b` laid on `a`, both float32 (N, 32, 32)."
+    b = _warp(b, _align(a, b))
+    x, y = _edges(a), _edges(b)
+    edges = (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1) + 1e-6)
+    u, v = (p[:, INNER, INNER].reshape(len(a), -1) for p in (a, b))
+    u, v = u - u.mean(1, keepdims=True), v - v.mean(1, keepdims=True)
+    gain = np.clip((u * v).sum(1, keepdims=True) / ((v * v).sum(1, keepdims=True) + 1e-6), 0.7, 1.4)
+    return np.minimum(edges, 1 - np.abs(u - gain * v).mean(1) / (u.std(1) + 1e-3))
 
-# %% ../../nbs/data/quality.ipynb #4b3d46e1
+def _similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray: # float (N,), at most 1, which is the same
+    "How well grey pictures uint8 (N, 32, 32) agree after laying one on the other, whichever way round is better."
+    a, b = _blur(first.astype(np.float32)), _blur(second.astype(np.float32))
+    best = _laid_over(a, b)
+    again = np.flatnonzero((best > 0.8) & (best < 0.99))
+    if len(again): best[again] = np.maximum(best[again], _laid_over(b[again], a[again]))
+    return best
+
+# %% ../../nbs/data/quality.ipynb #9f5dd7f4
 MAX_PAIRS = 500_000
 
 class _Pair(NamedTuple):
@@ -189,7 +200,7 @@ def _confirm(x: _Pictures, y: _Pictures, i: np.ndarray, j: np.ndarray) -> np.nda
         gap = np.abs(gap - gap.mean((1, 2), keepdims=True)).mean((1, 2, 3))
         least[gap > COLOUR_GAP] = 0
         todo = np.flatnonzero((least > 0) & ~(x.blank[i, f] & y.blank[j, f]))
-        for part in np.array_split(todo, len(todo) // 1024 + 1):
+        for part in np.array_split(todo, -(-len(todo) // 1024)) if len(todo) else []:
             least[part] = np.minimum(least[part], _similarity(x.grey[i[part], f], y.grey[j[part], f]))
     return least
 
@@ -207,7 +218,7 @@ def _near_pairs(x: _Pictures, near: float) -> tuple[list[_Pair], bool]: # pairs,
                 if len(best) > MAX_PAIRS: return sorted(best.values()), False
     return sorted(best.values()), True
 
-# %% ../../nbs/data/quality.ipynb #f1cbbfe6
+# %% ../../nbs/data/quality.ipynb #b939dce8
 _Finding = tuple[str, str, str | None, str | None, str | None, float | None, str]
 
 def _ending(path: str) -> str:
@@ -224,21 +235,22 @@ def _file_findings(item: str, path: str, seen: _Seen | None) -> Iterator[_Findin
         width, height = seen.size
         aspect = max(width, height) / min(width, height)
         if seen.content and seen.content != _ending(path):
-            yield "warning", "wrong_extension", item, path, None, None, f"named {Path(path).suffix or 'without ending'}, is {seen.content}"
+            yield "warning", "wrong_extension", item, path, None, None, f"named {Path(path).suffix!r}, is {seen.content}"
         if min(width, height) < TINY: yield "warning", "tiny", item, path, None, min(width, height), f"{width} x {height} pixels"
-        if aspect > ODD_ASPECT: yield "info", "odd_aspect", item, path, None, aspect, f"{width} x {height}: one side is {aspect:.1f} times the other"
-        if seen.contrast < BLANK: yield "warning", "blank", item, path, None, seen.contrast, "one even tone, nothing to see"
-        elif seen.brightness < DARK: yield "info", "dark", item, path, None, seen.brightness, f"mean brightness {seen.brightness:.0f} of 255"
-        elif seen.sharpness < BLURRED: yield "info", "blurred", item, path, None, seen.sharpness, "hardly any fine detail: out of focus, or enlarged"
+        if aspect > ODD_ASPECT: yield "info", "odd_aspect", item, path, None, aspect, f"{width} x {height}: 1 to {aspect:.1f}"
+        if seen.contrast < BLANK: yield "warning", "blank", item, path, None, seen.contrast, "one even tone"
+        elif seen.brightness < DARK: yield "info", "dark", item, path, None, seen.brightness, f"brightness {seen.brightness:.0f} of 255"
+        elif seen.sharpness < BLURRED and min(width, height) >= SIDE:
+            yield "info", "blurred", item, path, None, seen.sharpness, "out of focus, or enlarged"
 
-# %% ../../nbs/data/quality.ipynb #692c13a4
+# %% ../../nbs/data/quality.ipynb #c73cefc3
 PAIR_COLUMNS = {"kind": pl.String, "leak": pl.Boolean, "item_id": pl.String, "path": pl.String, "label": pl.String, "split": pl.String,
                 "other_item_id": pl.String, "other_path": pl.String, "other_label": pl.String, "other_split": pl.String,
                 "similarity": pl.Float64, "mirrored": pl.Boolean}
 _ORDER = {"train": 0, "valid": 1, "test": 2}
 
 def _pair_row(rows: list[dict], i: int, j: int, similarity: float, mirrored: bool, exact: bool) -> tuple:
-    "The item of the earlier part (train, valid, test) first: it is the one that has to go."
+    "In a leak the item of the earlier part (train, valid, test) first: it is the one that has to go. Else `i`, the later row."
     if _ORDER.get(rows[i]["split"], -1) > _ORDER.get(rows[j]["split"], -1): i, j = j, i
     a, b = rows[i], rows[j]
     leak = a["split"] is not None and b["split"] is not None and a["split"] != b["split"]
@@ -261,7 +273,7 @@ def _alike(rows: list[dict], seen: list[_Seen | None], contents: dict[str, dict[
         pairs, all_of_them = _near_pairs(_Pictures(*(np.stack(column) for column in zip(*(pictures[k] for k in use), strict=True))), near)
         complete &= all_of_them
         for pair in pairs:
-            found += [_pair_row(rows, a[0], b[0], pair.similarity, pair.mirrored, False)
+            found += [_pair_row(rows, b[0], a[0], pair.similarity, pair.mirrored, False)
                       for a in picked[use[pair.first]] for b in picked[use[pair.second]]]
     return found, complete
 
@@ -278,14 +290,15 @@ def _pair_findings(pairs: pl.DataFrame) -> Iterator[_Finding]:
             yield ("error" if p["kind"] == "exact" else "warning", "label_conflict", *ids,
                    f"{what} is labelled {p['label']!r} here and {p['other_label']!r} as {p['other_item_id']}")
 
-# %% ../../nbs/data/quality.ipynb #a3872828
+# %% ../../nbs/data/quality.ipynb #a37110f7
 FEW, IMBALANCE = 10, 10.0
 
 def _class_findings(catalog: pl.DataFrame) -> Iterator[_Finding]:
     labelled = catalog.filter(pl.col("label").is_not_null())
     if bare := len(catalog) - len(labelled): yield "info", "unlabelled", None, None, None, bare, f"{bare:,} items have no label"
     counts = labelled.group_by("label").len("n").sort("n", "label")
-    for label, n in counts.filter(pl.col("n") < FEW).rows(): yield "info", "small_class", None, None, None, n, f"the class {label!r} has {n} items"
+    for label, n in counts.filter(pl.col("n") < FEW).rows():
+        yield "info", "small_class", None, None, None, n, f"the class {label!r} has only {n} item{'s' * (n > 1)}"
     if len(counts) > 1 and (ratio := counts["n"][-1] / counts["n"][0]) >= IMBALANCE:
         yield ("warning", "imbalance", None, None, None, ratio,
                f"the largest class, {counts['label'][-1]!r}, has {ratio:.0f} times the items of the smallest, {counts['label'][0]!r}")
@@ -298,7 +311,7 @@ def _class_findings(catalog: pl.DataFrame) -> Iterator[_Finding]:
                        f"the class {label!r} does not occur in {split}")
 
 def _group_findings(catalog: pl.DataFrame) -> Iterator[_Finding]:
-    torn = catalog.filter(pl.col("group").is_not_null() & pl.col("split").is_not_null()).group_by("group").agg(pl.col("split").unique().sort())
+    torn = catalog.drop_nulls(["group", "split"]).group_by("group").agg(pl.col("split").unique().sort())
     for group, splits in torn.filter(pl.col("split").list.len() > 1).sort("group").rows():
         yield "error", "group_leak", None, None, None, len(splits), f"the group {group!r} occurs in {' and '.join(splits)}"
 
@@ -315,28 +328,27 @@ def _left_out(rows: list[dict], seen: list[_Seen | None], contents: dict[str, di
     kept = [(row["item_id"], row["path"], *out[row["item_id"]]) for row in rows if row["item_id"] in out]
     return pl.DataFrame(kept, schema=dict.fromkeys(("item_id", "path", "reason", "message"), pl.String), orient="row")
 
-# %% ../../nbs/data/quality.ipynb #a9ff1b35
-CHECKS = ("wrong_extension", "tiny", "odd_aspect", "blank", "dark", "blurred", "missing", "not_checked", "exact_duplicate", "near_duplicate",
-          "exact_leak", "near_leak", "group_leak", "missing_class")
-_PLURAL = {"exact_duplicate": "exact_duplicates", "near_duplicate": "near_duplicates", "exact_leak": "exact_leaks", "near_leak": "near_leaks",
-           "group_leak": "group_leaks", "missing_class": "missing_classes"}
+# %% ../../nbs/data/quality.ipynb #c86bc926
+_PLURAL = {c: f"{c}s" for c in ("exact_duplicate", "near_duplicate", "exact_leak", "near_leak", "group_leak")}
+CHECKS = ("missing", "not_checked", "wrong_extension", "tiny", "odd_aspect", "blank", "dark", "blurred", *_PLURAL)
 
 def _facts(catalog: pl.DataFrame, findings: pl.DataFrame, kept: pl.DataFrame) -> dict[str, int | float | None]:
     n = dict(findings.group_by("check").len().rows())
-    sizes = catalog["label"].drop_nulls().value_counts()["count"]
+    sizes: list[int] = catalog["label"].drop_nulls().value_counts()["count"].to_list()
+    videos = catalog.filter(media="video").height
     unreadable = n.get("unreadable", 0) + n.get("missing", 0)
     counts = {_PLURAL.get(check, check): n.get(check, 0) for check in CHECKS}
     conflicts = findings.filter(check="label_conflict", severity="error").height
     severities = {f"{s}s": findings.filter(severity=s).height for s in ("error", "warning")}
-    return {"items": len(catalog), "images": (catalog["media"] == "image").sum(), "videos": (catalog["media"] == "video").sum(),
+    return {"items": len(catalog), "images": len(catalog) - videos, "videos": videos,
             "readable": len(catalog) - unreadable - n.get("not_checked", 0), "unreadable": unreadable, **counts,
             "leaks": n.get("exact_leak", 0) + n.get("near_leak", 0), "label_conflicts": conflicts,
             "near_label_conflicts": n.get("label_conflict", 0) - conflicts, "classes": len(sizes),
-            "smallest_class": sizes.min(), "largest_class": sizes.max(),
-            "imbalance_ratio": sizes.max() / sizes.min() if len(sizes) else None, # type: ignore[operator]
+            "smallest_class": min(sizes, default=None), "largest_class": max(sizes, default=None),
+            "imbalance_ratio": max(sizes) / min(sizes) if sizes else None,
             "kept": len(kept), "left_out": len(catalog) - len(kept), **severities}
 
-# %% ../../nbs/data/quality.ipynb #48ecdf67
+# %% ../../nbs/data/quality.ipynb #b5e783aa
 FINDING_COLUMNS = {"severity": pl.String, "check": pl.String, "item_id": pl.String, "path": pl.String, "other_item_id": pl.String,
                    "value": pl.Float64, "message": pl.String}
 
@@ -369,7 +381,7 @@ def _findings(rows: list[dict], seen: list[_Seen | None], full: pl.DataFrame, pa
 
 def check_catalog(
     catalog: Any, # a catalog, or whatever `read_catalog` takes
-    near: float | None = 0.94, # edges correlate at least so much in near duplicates, 0 to 1; None: exact copies only
+    near: float | None = 0.925, # near duplicates are at least so similar (edges and tones), 0 to 1; None: exact copies only
     threads: int = 2, # files read at a time
 ) -> Check:
     "Look at every file of a catalog once: what cannot be used, what occurs twice, what leaks between the parts."
@@ -399,3 +411,60 @@ def duplicate_pairs(
     pairs = check.pairs.filter(kind=kind) if kind else check.pairs
     if leaks is not None: pairs = pairs.filter(pl.col("leak") == leaks)
     return pairs.sort("leak", "similarity", descending=True, maintain_order=True)
+
+# %% ../../nbs/data/quality.ipynb #e51f1609
+COLOURS = {"train": "#0072B2", "valid": "#E69F00", "test": "#009E73", "all": "#0072B2", "no split": "#999999"}
+
+def plot_classes(
+    catalog: Any, # a catalog, or whatever `read_catalog` takes
+    limit: int = 40, # show at most so many classes, the largest
+) -> "Figure": # one bar a class, one colour a split
+    "How many items each class has, and in which part."
+    require("matplotlib", "reports")
+    from matplotlib.figure import Figure
+    if limit < 1: raise ParameterError(f"limit={limit}: at least 1 is needed")
+    table = read_catalog(catalog)
+    if "label" not in table.columns: raise CatalogError("the catalog has no column 'label'; there are no classes to show")
+    split = pl.col("split").fill_null("no split") if "split" in table.columns else pl.lit("all")
+    table = table.with_columns(pl.col("label").fill_null("(no label)"), split.alias("split"))
+    totals = table.group_by("label").len("n").sort(["n", "label"], descending=[True, False])
+    labels = totals["label"].to_list()[:limit][::-1]
+    figure = Figure(figsize=(7, 0.28 * len(labels) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    start = np.zeros(len(labels))
+    for part in [p for p in COLOURS if p in set(table["split"])]:
+        counts = dict(table.filter(split=part).group_by("label").len().rows())
+        width = np.array([counts.get(label, 0) for label in labels])
+        axes.barh(labels, width, left=start, color=COLOURS[part], label=part)
+        start += width
+    axes.set_xlabel("items")
+    axes.set_ylabel("class" if len(labels) == len(totals) else f"class (the {len(labels)} largest of {len(totals)})")
+    if "split" in read_catalog(catalog).columns: axes.legend(title="part", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+# %% ../../nbs/data/quality.ipynb #0fe1919f
+def _thumbnail(path: str, side: int) -> np.ndarray:
+    from visrec_nb.data.catalog import media_kind
+    from visrec_nb.media.video import read_clip
+    if media_kind(path) == "video": return read_clip(path, 1, size=side).frames[0]
+    return decode_image(read_bytes(path, MAX_BYTES), side, name=path)
+
+def plot_pairs(
+    pairs: pl.DataFrame, # from `duplicate_pairs`
+    limit: int = 6, # show so many pairs, the first
+    side: int = 160, # pixels
+) -> "Figure": # a row a pair
+    "Pairs of copies side by side, to be looked at."
+    require("matplotlib", "reports")
+    from matplotlib.figure import Figure
+    shown = pairs.head(limit)
+    if shown.is_empty(): raise ParameterError("there are no pairs to show")
+    figure = Figure(figsize=(4.6, 2.3 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 2, squeeze=False)
+    for axes, pair in zip(grid, shown.iter_rows(named=True), strict=True):
+        for ax, before in zip(axes, ("", "other_"), strict=True):
+            ax.imshow(_thumbnail(pair[f"{before}path"], side))
+            ax.set_title(", ".join(str(pair[f"{before}{c}"]) for c in ("label", "split") if pair[f"{before}{c}"] is not None), fontsize=9)
+            ax.axis("off")
+    return figure

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['page', 'notebook_body', 'notebook_title', 'render_notebook']
 
-# %% ../../nbs/reports/render.ipynb #f7c06139
-import html, re
+# %% ../../nbs/reports/render.ipynb #cd7b180c
+import copy, html, re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.files import atomic_file
 
 if TYPE_CHECKING: from nbformat import NotebookNode
 
-# %% ../../nbs/reports/render.ipynb #aa0d5914
+# %% ../../nbs/reports/render.ipynb #5fdcf04c
 def page(
     title: str, # of the page
     body: str, # HTML
@@ -32,8 +32,11 @@ def page(
 def notebook_body(
     notebook: "NotebookNode", # executed
 ) -> str: # HTML of its text and outputs, without code
-    "The readable part of an executed notebook."
+    "The readable part of an executed notebook; what libraries wrote to stderr stays in the notebook."
     from nbconvert import HTMLExporter
+    notebook = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True,
                             exclude_anchor_links=True)
     return exporter.from_notebook_node(notebook)[0]

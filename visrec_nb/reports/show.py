@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.figure import Figure
 
-# %% ../../nbs/reports/show.ipynb #962e8758
+# %% ../../nbs/reports/show.ipynb #06cf2018
 def figure(
     fig: "Figure", # from matplotlib
     caption: str, # one sentence: what it shows
@@ -33,9 +33,9 @@ def figure(
     plt.close(fig)
     data = base64.b64encode(out.getvalue()).decode()
     text = html.escape(caption)
-    return HTML(f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>')
+    return HTML(f'<figure class="chart"><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>')
 
-# %% ../../nbs/reports/show.ipynb #5b6f8680
+# %% ../../nbs/reports/show.ipynb #82ba9f2d
 def thumbnail(
     pixels: "np.ndarray", # uint8 (H, W, 3)
     side: int = 192, # of the longer side, at most
@@ -53,7 +53,7 @@ def pictures(
 ) -> "HTML":
     "A grid of pictures with captions."
     from IPython.display import HTML
-    cells = "".join(f'<figure><img loading="lazy" alt="{html.escape(text)}" src="{thumbnail(image)}">'
+    cells = "".join(f'<figure><img alt="{html.escape(text)}" src="{thumbnail(image)}">'
                     f"<figcaption>{html.escape(text)}</figcaption></figure>" for image, text in zip(images, captions, strict=True))
     return HTML(f'<div class="pictures">{cells}</div>')
 
@@ -64,7 +64,7 @@ def strips(
     "Clips as film strips, a row each."
     import numpy as np
     from IPython.display import HTML
-    rows = "".join(f'<figure><img loading="lazy" alt="{html.escape(text)}" src="{thumbnail(np.concatenate(list(frames), 1), 900)}">'
+    rows = "".join(f'<figure><img alt="{html.escape(text)}" src="{thumbnail(np.concatenate(list(frames), 1), 900)}">'
                    f"<figcaption>{html.escape(text)}</figcaption></figure>" for frames, text in zip(clips, captions, strict=True))
     return HTML(f'<div class="strips">{rows}</div>')
 

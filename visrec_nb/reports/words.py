@@ -56,7 +56,7 @@ def motion_conclusion(
         return f"A single frame of each clip gives {still}: whether motion helps cannot be told from this test."
     return f"A single frame of each clip gives {still}, no less: the model gains nothing from motion."
 
-# %% ../../nbs/reports/words.ipynb #eed8ae99
+# %% ../../nbs/reports/words.ipynb #95cdc76b
 def comparison_sentence(
     better: str, # name of the first
     other: str, # name of the second
@@ -66,8 +66,9 @@ def comparison_sentence(
     "Say whether one is better than the other."
     value, low, high = difference
     numbers = f"({value:+.3f} in {metric}, between {low:+.3f} and {high:+.3f})"
-    if low > 0: return f"{better} is better than {other} {numbers}."
-    if high < 0: return f"{better} is worse than {other} {numbers}."
+    first = better[:1].upper() + better[1:]
+    if low > 0: return f"{first} is better than {other} {numbers}."
+    if high < 0: return f"{first} is worse than {other} {numbers}."
     return f"Between {better} and {other} this test shows no clear difference {numbers}."
 
 # %% ../../nbs/reports/words.ipynb #3805cd22

@@ -67,7 +67,7 @@ def training_part(
         class_labels(catalog)
     return with_hashes(catalog), labels
 
-# %% ../../nbs/vision/learners.ipynb #57aa15ef
+# %% ../../nbs/vision/learners.ipynb #8c30d030
 def feature_loaders(
     features: np.ndarray, # float32 (N, T, F)
     targets: np.ndarray, # class numbers (N,)
@@ -76,8 +76,8 @@ def feature_loaders(
     bs: int = 64, # batch size
 ) -> DataLoaders:
     "fastai DataLoaders over features in memory."
-    x, y = torch.from_numpy(features), torch.from_numpy(targets).long()
-    mask = torch.from_numpy(train)
+    x, y = torch.from_numpy(features), torch.tensor(targets).long()
+    mask = torch.tensor(train)
     train_x, train_y = x[mask], y[mask]
     if views: train_x, train_y = train_x.flatten(0, 1)[:, None], train_y.repeat_interleave(features.shape[1])
     sets = torch.utils.data.TensorDataset(train_x, train_y), torch.utils.data.TensorDataset(x[~mask], y[~mask])

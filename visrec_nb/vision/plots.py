@@ -15,7 +15,7 @@ from .evaluation import reliability
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
-# %% ../../nbs/vision/plots.ipynb #b8c02066
+# %% ../../nbs/vision/plots.ipynb #a6f16117
 def plot_confusion(
     matrix: np.ndarray, # int (n, n), row = truth, column = answer
     labels: Sequence[str], # class names in order
@@ -25,7 +25,7 @@ def plot_confusion(
     n = len(labels)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     fig, ax = plt.subplots(figsize=(2.2 + 0.52 * n, 1.6 + 0.46 * n))
-    image = ax.imshow(share, cmap="cividis_r", vmin=0, vmax=1)
+    image = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, j in zip(*np.nonzero(matrix), strict=True):
         ax.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.5 else "black")
     ax.set_xticks(range(n), labels, rotation=45, ha="right")
@@ -35,7 +35,7 @@ def plot_confusion(
     fig.colorbar(image, ax=ax, label="share of the true class", fraction=0.046)
     return fig
 
-# %% ../../nbs/vision/plots.ipynb #aa25a08a
+# %% ../../nbs/vision/plots.ipynb #00f89692
 def plot_reliability(
     probs: np.ndarray, # (N, C)
     targets: np.ndarray, # (N,)
@@ -46,7 +46,6 @@ def plot_reliability(
     table = reliability(probs, targets, bins)
     fig, ax = plt.subplots(figsize=(5, 4))
     ax.plot([0, 1], [0, 1], "--", color="0.5", label="exactly as sure as right")
-    ax.plot(table["confidence"], table["accuracy"], color="#0072B2")
     ax.scatter(table["confidence"], table["accuracy"], s=20 + 300 * table["items"].to_numpy() / len(targets), color="#0072B2",
                label="this model (larger: more answers)")
     ax.set(xlabel="how sure the model says it is", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1.02))
