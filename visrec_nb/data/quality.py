@@ -328,8 +328,9 @@ def _left_out(rows: list[dict], seen: list[_Seen | None], contents: dict[str, di
     kept = [(row["item_id"], row["path"], *out[row["item_id"]]) for row in rows if row["item_id"] in out]
     return pl.DataFrame(kept, schema=dict.fromkeys(("item_id", "path", "reason", "message"), pl.String), orient="row")
 
-# %% ../../nbs/data/quality.ipynb #c86bc926
+# %% ../../nbs/data/quality.ipynb #a607af3b
 _PLURAL = {c: f"{c}s" for c in ("exact_duplicate", "near_duplicate", "exact_leak", "near_leak", "group_leak")}
+_PLURAL["missing_class"] = "missing_classes"
 CHECKS = ("missing", "not_checked", "wrong_extension", "tiny", "odd_aspect", "blank", "dark", "blurred", *_PLURAL)
 
 def _facts(catalog: pl.DataFrame, findings: pl.DataFrame, kept: pl.DataFrame) -> dict[str, int | float | None]:
