@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'visrec_nb.core.stats': { 'visrec_nb.core.stats.bootstrap_interval': ( 'core/stats.html#bootstrap_interval',
                                                                                    'visrec_nb/core/stats.py'),
                                       'visrec_nb.core.stats.mean_interval': ('core/stats.html#mean_interval', 'visrec_nb/core/stats.py'),
+                                      'visrec_nb.core.stats.percent': ('core/stats.html#percent', 'visrec_nb/core/stats.py'),
                                       'visrec_nb.core.stats.sure': ('core/stats.html#sure', 'visrec_nb/core/stats.py'),
                                       'visrec_nb.core.stats.wilson_interval': ( 'core/stats.html#wilson_interval',
                                                                                 'visrec_nb/core/stats.py'),

@@ -7,8 +7,8 @@ __all__ = ['app', 'data_app', 'train_app', 'bundle_app', 'report_app', 'Json', '
            'train_image', 'train_video', 'train_recommender', 'predict', 'evaluate', 'recommend', 'similar',
            'bundle_inspect', 'bundle_verify', 'report_list', 'report_show', 'report_run', 'main']
 
-# %% ../nbs/cli.ipynb #e61f58bd
-import json, os, sys
+# %% ../nbs/cli.ipynb #81948fd9
+import json, os, sys, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -315,9 +315,10 @@ def report_run(
     if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
     else: typer.echo(str(run.folder / "index.html"))
 
-# %% ../nbs/cli.ipynb #36450248
+# %% ../nbs/cli.ipynb #0298c0df
 def main() -> None:
     "The console script."
+    if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): warnings.simplefilter("ignore")
     try: status = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort): status = _leave("interrupted; what was done is kept", 130)
     except InputError as e: status = _leave(str(e), 2)

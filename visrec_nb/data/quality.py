@@ -413,7 +413,7 @@ def duplicate_pairs(
     if leaks is not None: pairs = pairs.filter(pl.col("leak") == leaks)
     return pairs.sort("leak", "similarity", descending=True, maintain_order=True)
 
-# %% ../../nbs/data/quality.ipynb #e51f1609
+# %% ../../nbs/data/quality.ipynb #c72dd335
 COLOURS = {"train": "#0072B2", "valid": "#E69F00", "test": "#009E73", "all": "#0072B2", "no split": "#999999"}
 
 def plot_classes(
@@ -440,7 +440,7 @@ def plot_classes(
         start += width
     axes.set_xlabel("items")
     axes.set_ylabel("class" if len(labels) == len(totals) else f"class (the {len(labels)} largest of {len(totals)})")
-    if "split" in read_catalog(catalog).columns: axes.legend(title="part", frameon=False)
+    if "split" in read_catalog(catalog).columns: axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

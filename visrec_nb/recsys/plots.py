@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['COLOURS', 'plot_comparison', 'plot_popularity']
 
-# %% ../../nbs/recsys/plots.ipynb #ba97be36
+# %% ../../nbs/recsys/plots.ipynb #474e2f88
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
-if TYPE_CHECKING: from visrec_nb.recsys.evaluation import Comparison
+from ..core.errors import require
 
-# %% ../../nbs/recsys/plots.ipynb #356b4ba1
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from visrec_nb.recsys.evaluation import Comparison
+
+# %% ../../nbs/recsys/plots.ipynb #b5b66b65
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 def plot_comparison(
     found: "Comparison", # from `compare`
     metric: str = "ndcg@10", # which metric
     label: str | None = None, # of the axis; None takes the metric's name
-) -> Figure:
+) -> "Figure":
     "A metric of several models with its intervals, the best on top."
     table = found.frame.filter(metric=metric).sort("value", maintain_order=True)
-    figure = Figure(figsize=(6, 0.45 * table.height + 1.1), layout="constrained")
+    figure = require("matplotlib.figure", "reports").Figure(figsize=(6, 0.45 * table.height + 1.1), layout="constrained")
     axes = figure.subplots()
     spread = np.abs(table.select("ci_low", "ci_high").to_numpy().T - table["value"].to_numpy())
     axes.errorbar(table["value"], np.arange(table.height), xerr=spread, fmt="o", color=COLOURS[0], capsize=4)
@@ -38,11 +41,11 @@ def plot_comparison(
 
 def plot_popularity(
     interactions: pl.DataFrame, # item_id
-) -> Figure:
+) -> "Figure":
     "How the events are shared among the items: the long tail."
     counts = np.sort(interactions.group_by("item_id").len()["len"].to_numpy())[::-1]
     share, events = np.arange(1, len(counts) + 1) / len(counts) * 100, np.cumsum(counts) / counts.sum() * 100
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = require("matplotlib.figure", "reports").Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(share, events, color=COLOURS[0], linewidth=2)
     axes.plot([0, 100], [0, 100], color="0.6", linestyle="--", linewidth=1)

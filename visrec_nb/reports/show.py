@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['figure', 'thumbnail', 'pictures', 'strips', 'photo_or_blank', 'table', 'cards', 'say']
 
-# %% ../../nbs/reports/show.ipynb #39b786bb
+# %% ../../nbs/reports/show.ipynb #d2f925f4
 import base64, html, io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+
+from ..core.stats import percent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +78,7 @@ def photo_or_blank(path: str | Path, size: int | None = None) -> "np.ndarray":
     try: return load_image(path, size)
     except MediaError: return np.full((96, 96, 3), 200, np.uint8)
 
-# %% ../../nbs/reports/show.ipynb #e537de62
+# %% ../../nbs/reports/show.ipynb #b97738bc
 def table(
     frame: pl.DataFrame, # what to show
     formats: Mapping[str, str | Callable[[Any], str]] | None = None, # column -> format such as ".1%", or a function
@@ -99,20 +101,20 @@ def table(
 def _cell(value: Any, number: bool, form: str | Callable[[Any], str]) -> str:
     if value is None: text = "–"
     elif callable(form): text = form(value)
-    elif form: text = format(value, form).replace("%", " %")
+    elif form: text = format(value, form).replace("%", "\N{NO-BREAK SPACE}%")
     elif isinstance(value, float): text = f"{value:.3g}"
     elif isinstance(value, list | tuple | pl.Series): text = ", ".join(map(str, value))
     else: text = f"{value:,}" if number else str(value)
     sort = f' class=number data-value="{value}"' if number and value is not None else ""
     return f"<td{sort}>{html.escape(text)}</td>"
 
-# %% ../../nbs/reports/show.ipynb #259df3da
+# %% ../../nbs/reports/show.ipynb #f057fc82
 def cards(
     entries: Sequence[tuple[str, float | str, str, str]], # question, figure (a share or text), what it means, link
 ) -> "HTML":
     "Cards with a large figure each."
     from IPython.display import HTML
-    def big(value: float | str) -> str: return value if isinstance(value, str) else f"{value:.0%}".replace("%", " %")
+    def big(value: float | str) -> str: return value if isinstance(value, str) else percent(value)
     boxes = "".join(f'<div class="card"><h3>{html.escape(question)}</h3>'
                     f'<p class="big">{html.escape(big(value))}</p>'
                     f'<p>{html.escape(text)}</p><p><a href="{html.escape(link)}">Details'

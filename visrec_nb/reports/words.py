@@ -6,13 +6,13 @@
 __all__ = ['count', 'classifier_conclusion', 'calibration_conclusion', 'motion_conclusion', 'comparison_sentence',
            'data_conclusion', 'recommender_conclusion', 'next_steps']
 
-# %% ../../nbs/reports/words.ipynb #0abde159
+# %% ../../nbs/reports/words.ipynb #9703220e
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.stats import sure
+from ..core.stats import percent, sure
 
-# %% ../../nbs/reports/words.ipynb #513895d2
+# %% ../../nbs/reports/words.ipynb #89027fc2
 def count(n: int, thing: str) -> str:
     "A number with its noun: 1 photo, 2 photos, no photos."
     return f"{n:,} {thing}" if n == 1 else f"{n or 'no'} {thing}s" if n < 1000 else f"{n:,} {thing}s"
@@ -26,20 +26,20 @@ def classifier_conclusion(
     chance = 1 / metrics["classes"]
     low, high = metrics["accuracy_ci_low"], metrics["accuracy_ci_high"]
     text = (f"Of {count(metrics['items'], thing)} that the model had never seen, it named **{sure(metrics, 'accuracy')}** correctly; "
-            f"guessing among {metrics['classes']} classes gives {chance:.0%}.".replace("%", " %").replace("  %", " %"))
+            f"guessing among {metrics['classes']} classes gives {percent(chance)}.")
     if low <= chance: return f"{text} That is not clearly better than guessing: do not use it."
     if target is None: return text
-    if low > target: verdict = f"That is above the {target:.0%} that was asked for, also at the low end of the range."
-    elif metrics["accuracy"] >= target: verdict = f"That reaches the {target:.0%} asked for, though with this few {thing}s chance may help."
-    elif high >= target: verdict = f"That is below the {target:.0%} that was asked for, but too few {thing}s were tested to be sure of it."
-    else: verdict = f"That is below the {target:.0%} that was asked for."
-    return f"{text} {verdict.replace('%', ' %')}"
+    if low > target: verdict = f"That is above the {percent(target)} that was asked for, also at the low end of the range."
+    elif metrics["accuracy"] >= target: verdict = f"That reaches the {percent(target)} asked for, though with this few {thing}s chance may help."
+    elif high >= target: verdict = f"That is below the {percent(target)} that was asked for, but too few {thing}s were tested to be sure of it."
+    else: verdict = f"That is below the {percent(target)} that was asked for."
+    return f"{text} {verdict}"
 
 def calibration_conclusion(
     metrics: Mapping[str, Any], # from `classification_metrics`
 ) -> str: # one sentence
     "Whether the model's own certainty can be believed."
-    gap = f"{metrics['ece']:.0%}".replace("%", " %")
+    gap = percent(metrics["ece"])
     if metrics["ece"] <= 0.05: return f"When it says how sure it is, it can be believed: on average it is off by {gap}."
     if metrics["ece"] <= 0.1: return f"How sure it says it is, is roughly right: on average it is off by {gap}."
     return f"How sure it says it is should not be relied on: on average it is off by {gap}."
@@ -56,15 +56,15 @@ def motion_conclusion(
         return f"A single frame of each clip gives {still}: whether motion helps cannot be told from this test."
     return f"A single frame of each clip gives {still}, no less: the model gains nothing from motion."
 
-# %% ../../nbs/reports/words.ipynb #95cdc76b
+# %% ../../nbs/reports/words.ipynb #6d88df66
 def comparison_sentence(
     better: str, # name of the first
     other: str, # name of the second
-    difference: tuple[float, float, float], # first minus second: value, low, high
+    found: Mapping[str, float], # first minus second: difference, difference_ci_low, difference_ci_high
     metric: str, # named in the sentence
 ) -> str: # one sentence
     "Say whether one is better than the other."
-    value, low, high = difference
+    value, low, high = (found[name] for name in ("difference", "difference_ci_low", "difference_ci_high"))
     numbers = f"({value:+.3f} in {metric}, between {low:+.3f} and {high:+.3f})"
     first = better[:1].upper() + better[1:]
     if low > 0: return f"{first} is better than {other} {numbers}."
@@ -87,7 +87,7 @@ def data_conclusion(
     if not problems: return f"{start} All could be read, and none of the test {thing}s was found among the training {thing}s."
     return f"{start} " + "; ".join(problems)[:1].upper() + "; ".join(problems)[1:] + "."
 
-# %% ../../nbs/reports/words.ipynb #56a58e7f
+# %% ../../nbs/reports/words.ipynb #cc2dc257
 def recommender_conclusion(
     models: Mapping[str, Mapping[str, Any]], # name -> metrics, with the plain one called `popularity`
     k: int = 10, # length of the lists
@@ -100,9 +100,9 @@ def recommender_conclusion(
             f"With **{best}**, {hit} of them find at least one of it among {k} suggestions")
     if best == "popularity":
         return f"With the most popular items for everybody, {hit} of {users} find something they went on to choose; no model did better."
-    return f"{text}; with the most popular items for everybody, {plain[f'hit_rate@{k}']:.0%}.".replace("%.", " %.")
+    return f"{text}; with the most popular items for everybody, {percent(plain[f'hit_rate@{k}'])}."
 
-# %% ../../nbs/reports/words.ipynb #1c5085f6
+# %% ../../nbs/reports/words.ipynb #01628266
 def next_steps(
     found: Mapping[str, Any], # data, images, videos, recommenders: as in the demo's metrics.json
 ) -> str: # a Markdown list
@@ -112,7 +112,8 @@ def next_steps(
     if data["unreadable"]: steps.append(f"Repair or remove {count(data['unreadable'], 'unreadable file')}; the data page lists them.")
     if data["leaks"]: steps.append("Keep near-identical photos on one side of the split; the data page shows the pairs.")
     if data["imbalance_ratio"] > 3:
-        steps.append(f"Collect more photos of the rare classes: the largest has {data['imbalance_ratio']:.0f} times as many as the smallest.")
+        times = f"{data['imbalance_ratio']:.0f}"
+        steps.append(f"Collect more photos of the rare classes: the largest has {times} times as many as the smallest.")
     if images["accuracy"] < 0.95:
         steps.append("Look at the worst mistakes on the photo page; wrong labels among them are the cheapest gain.")
     if images["ece"] > 0.05: steps.append("Don't act on a single photo's certainty yet: it is not well calibrated.")
