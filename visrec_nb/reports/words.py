@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.stats import percent, sure
 
-# %% ../../nbs/reports/words.ipynb #89027fc2
+# %% ../../nbs/reports/words.ipynb #f744b0fd
 def count(n: int, thing: str) -> str:
     "A number with its noun: 1 photo, 2 photos, no photos."
     return f"{n:,} {thing}" if n == 1 else f"{n or 'no'} {thing}s" if n < 1000 else f"{n:,} {thing}s"
@@ -29,9 +29,9 @@ def classifier_conclusion(
             f"guessing among {metrics['classes']} classes gives {percent(chance)}.")
     if low <= chance: return f"{text} That is not clearly better than guessing: do not use it."
     if target is None: return text
-    if low > target: verdict = f"That is above the {percent(target)} that was asked for, also at the low end of the range."
-    elif metrics["accuracy"] >= target: verdict = f"That reaches the {percent(target)} asked for, though with this few {thing}s chance may help."
-    elif high >= target: verdict = f"That is below the {percent(target)} that was asked for, but too few {thing}s were tested to be sure of it."
+    if low > target: verdict = f"That is above the {percent(target)} asked for, also at the low end of the range."
+    elif metrics["accuracy"] >= target: verdict = f"That reaches the {percent(target)} asked for; with this few {thing}s chance may help."
+    elif high >= target: verdict = f"That is below the {percent(target)} asked for, but too few {thing}s were tested to be sure."
     else: verdict = f"That is below the {percent(target)} that was asked for."
     return f"{text} {verdict}"
 
