@@ -222,6 +222,16 @@ def test_bad_logs(tmp_path, cache, header, rows, words):
     assert not (tmp_path / "b").exists() and os.listdir(tmp_path) == ["log.csv"]
 
 
+def test_repeated_events_are_summed_and_said(tmp_path, cache):
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id\na,x\nb,y\na,x\n")
+    args = ("train", "recommender", log, "--model", "popularity", "--out", tmp_path / "b")
+    done = visrec(*args, cache=cache)
+    assert done.returncode == 0 and "1 events repeat an earlier user and item (first in row 3 of 3)" in done.stderr
+    done = visrec(*args, "--duplicates", "error", cache=cache)
+    assert done.returncode == 2 and "row 3 of 3" in done.stderr
+
+
 def test_wrong_report_parameters_start_no_kernel(tmp_path, cache):
     done = visrec("report", "run", "image_training", "-p", "epoch=3", "-p", "seed=x", "--out", tmp_path / "r", cache=cache)
     assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr and "seed='x' is not of type int" in done.stderr

@@ -7,14 +7,14 @@ __all__ = ['app', 'data_app', 'train_app', 'bundle_app', 'report_app', 'Json', '
            'train_image', 'train_video', 'train_recommender', 'predict', 'evaluate', 'recommend', 'similar',
            'bundle_inspect', 'bundle_verify', 'report_list', 'report_show', 'report_run', 'main']
 
-# %% ../nbs/cli.ipynb #81948fd9
+# %% ../nbs/cli.ipynb #5429ed4f
 import json, os, sys, warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .core.errors import InputError, ParameterError, VisrecError
+from .core.errors import DataWarning, InputError, ParameterError, VisrecError
 
 if TYPE_CHECKING: import polars as pl
 
@@ -102,7 +102,7 @@ def data_split(
     counts = catalog["split"].value_counts().sort("split")
     typer.echo(", ".join(f"{n} {split}" for split, n in counts.iter_rows()) + f" in {out}")
 
-# %% ../nbs/cli.ipynb #3b58ba01
+# %% ../nbs/cli.ipynb #54ae1b2e
 def _train_vision(media: str, source: Path, out: Path, arch: str, epochs: int, head_only: bool, seed: int, as_json: bool) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -158,6 +158,7 @@ def train_recommender(
     model: Annotated[str, typer.Option(help="hybrid, als, item_item, content or popularity.")] = "hybrid",
     test_log: Annotated[Path | None, typer.Option(help="Later interactions to measure on.")] = None,
     weight: Annotated[str | None, typer.Option(help="The column that weighs an event, such as rating.")] = None,
+    duplicates: Annotated[str | None, typer.Option(help="The same user and item again: sum, max, last, count or error.")] = None,
     seed: Seed = 42,
     as_json: Json = False,
 ) -> None:
@@ -170,9 +171,9 @@ def train_recommender(
               "content": recsys.Content, "popularity": recsys.Popularity}
     if model not in makers: raise ParameterError(f"--model {model}: one of {', '.join(makers)} is meant")
     if items is None and model in ("hybrid", "content"): raise ParameterError(f"--model {model} needs --items FILE, the items' features")
-    events = read_interactions(log, weight=weight)
+    events = read_interactions(log, weight=weight, duplicates=duplicates)
     rec = makers[model]().fit(events, items=_read_items(items))
-    metrics = evaluate(rec, read_interactions(test_log, weight=weight), seed=seed) if test_log else {}
+    metrics = evaluate(rec, read_interactions(test_log, weight=weight, duplicates=duplicates), seed=seed) if test_log else {}
     rec.to_bundle(out, metrics=metrics, facts={"data": {"fingerprint": sha256_file(log), "events": events.height}, "seed": seed})
     if as_json: _print_json(metrics)
     elif metrics: typer.echo(f"NDCG@10 {metrics['ndcg@10']:.4f} ({metrics['ndcg@10_ci_low']:.4f} to {metrics['ndcg@10_ci_high']:.4f})")
@@ -315,10 +316,10 @@ def report_run(
     if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
     else: typer.echo(str(run.folder / "index.html"))
 
-# %% ../nbs/cli.ipynb #0298c0df
+# %% ../nbs/cli.ipynb #6b7e3178
 def main() -> None:
     "The console script."
-    if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): warnings.simplefilter("ignore")
+    if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): _quiet_libraries()
     try: status = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort): status = _leave("interrupted; what was done is kept", 130)
     except InputError as e: status = _leave(str(e), 2)
@@ -331,6 +332,13 @@ def main() -> None:
         elif os.environ.get("VISREC_DEBUG"): raise
         else: status = _leave(str(e) if isinstance(e, VisrecError) else f"{type(e).__name__}: {e} (VISREC_DEBUG=1 shows where)", 1)
     sys.exit(status or 0)
+
+def _quiet_libraries() -> None:
+    "Of warnings, only those about the user's data are shown, a line each."
+    def show(message, category, filename, lineno, file=None, line=None): _note(f"note: {message}")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", DataWarning)
+    warnings.showwarning = show
 
 def _leave(message: str, status: int) -> int:
     typer.echo(f"visrec: {' '.join(message.split())}", err=True)

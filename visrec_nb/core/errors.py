@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VisrecError', 'InputError', 'CatalogError', 'InteractionsError', 'ParameterError', 'BundleError', 'SplitLeak',
-           'ReportError', 'MediaError', 'MissingExtra', 'require']
+           'ReportError', 'DataWarning', 'MediaError', 'MissingExtra', 'require']
 
 # %% ../../nbs/core/errors.ipynb #94646d61
 import importlib
@@ -35,6 +35,10 @@ class SplitLeak(InputError):
 
 class ReportError(VisrecError):
     "A report run failed: its folder keeps what was done and why."
+
+# %% ../../nbs/core/errors.ipynb #ae2337d1
+class DataWarning(UserWarning):
+    "The data were used, after a change that their owner should know of."
 
 # %% ../../nbs/core/errors.ipynb #05aacc96
 class MediaError(InputError):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'merge_duplicates', 'read_interactions', 'split_interactions', 'check_interactions']
 
-# %% ../../nbs/data/interactions.ipynb #52a05600
-import difflib
+# %% ../../nbs/data/interactions.ipynb #f24834b5
+import difflib, warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ..core.errors import InteractionsError, ParameterError
+from ..core.errors import DataWarning, InteractionsError, ParameterError
 from ..core.seeds import named_seed
 
 # %% ../../nbs/data/interactions.ipynb #f1edd65b
@@ -116,12 +116,19 @@ def merge_duplicates(
     keep = "weight" in df.columns or duplicates == "count" or merged.height < df.height
     return merged.select([c for c in dict.fromkeys((*COLUMNS, *df.columns)) if c in merged.columns and (c != "weight" or keep)])
 
-# %% ../../nbs/data/interactions.ipynb #5717c93f
+# %% ../../nbs/data/interactions.ipynb #b73c31bd
+def _warn_of_duplicates(df: pl.DataFrame, where: str) -> None:
+    again = ~df.select(pl.struct(COLUMNS[:2]).is_first_distinct()).to_series()
+    if not (n := int(again.sum())): return
+    rows = ", ".join(map(str, (np.flatnonzero(again.to_numpy())[:5] + 1).tolist()))
+    warnings.warn(f"{where}: {n} events repeat an earlier user and item (first in row {rows} of {len(df)}); their weights were summed; "
+                  "choose with duplicates='sum', 'max', 'last', 'count' or 'error'", DataWarning, stacklevel=3)
+
 def read_interactions(
     log: Any, # a .csv, .parquet or .jsonl file, a polars frame, or a mapping of columns
     weight: str | None = None, # the column that holds the weight, such as `rating`; None takes a column `weight` if there is one
     extra: str = "error", # unknown columns: error, keep, drop
-    duplicates: str = "sum", # the same user and item again: sum, max, last, count, error
+    duplicates: str | None = None, # the same user and item again: sum, max, last, count, error; None sums and warns
     min_user_events: int = 1, # users with fewer items are left out
     min_item_events: int = 1, # items with fewer users are left out (once, after the users)
 ) -> pl.DataFrame: # user_id, item_id[, weight][, timestamp]; raises InteractionsError
@@ -133,7 +140,8 @@ def read_interactions(
     df = df.with_columns(_ids(df, "user_id", where), _ids(df, "item_id", where))
     if "weight" in df.columns: df = df.with_columns(_weights(df, where))
     if "timestamp" in df.columns: df = df.with_columns(_times(df, where))
-    df = merge_duplicates(df, duplicates, where)
+    if duplicates is None: _warn_of_duplicates(df, where)
+    df = merge_duplicates(df, duplicates or "sum", where)
     for column, least in (("user_id", min_user_events), ("item_id", min_item_events)):
         if least > 1: df = df.filter(pl.len().over(column) >= least)
     if not df.height: raise InteractionsError(f"{where}: nothing is left with {min_user_events=} and {min_item_events=}")
