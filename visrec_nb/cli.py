@@ -64,7 +64,7 @@ def demo(
     if as_json: _print_json(found)
     else: typer.echo(str(out / "index.html"))
 
-# %% ../nbs/cli.ipynb #f73dbf8c
+# %% ../nbs/cli.ipynb #c62e3c0c
 @data_app.command("check")
 def data_check(
     source: Annotated[Path, typer.Argument(help="Class folders, or a catalog .csv, .jsonl or .parquet.")],
@@ -84,7 +84,7 @@ def data_check(
     if as_json: _print_json(check.facts)
     else:
         for row in check.findings.head(20).to_dicts():
-            typer.echo(f"{row['severity']:<8} {row['check']:<22} {row['item_id']}: {row['message']}")
+            typer.echo(f"{row['severity']:<8} {row['check']:<22} {row['item_id'] or '(all)'}: {row['message']}")
         typer.echo(f"{check.findings.height} findings, {check.left_out.height} items left out; all of it in {out}")
 
 @data_app.command("split")
@@ -92,12 +92,13 @@ def data_split(
     source: Annotated[Path, typer.Argument(help="Class folders, or a catalog .csv, .jsonl or .parquet.")],
     out: Annotated[Path, typer.Option(help="The new catalog, .csv or .parquet.")],
     by: Annotated[str, typer.Option(help="label, group or time.")] = "label",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Split anew where the catalog has a split.")] = False,
     seed: Seed = 42,
 ) -> None:
     "Split a catalog into train, valid and test."
     from visrec_nb.data.catalog import read_catalog, write_catalog
     from visrec_nb.data.splits import split_catalog
-    catalog = split_catalog(read_catalog(source), by=by, seed=seed)
+    catalog = split_catalog(read_catalog(source), by=by, seed=seed, overwrite=overwrite)
     write_catalog(catalog, out)
     counts = catalog["split"].value_counts().sort("split")
     typer.echo(", ".join(f"{n} {split}" for split, n in counts.iter_rows()) + f" in {out}")

@@ -88,13 +88,13 @@ def _by_time(units: np.ndarray, times: np.ndarray, valid: float, test: float) ->
     if n_test: part[newest >= of_items[n - n_test]] = 2
     return part
 
-# %% ../../nbs/data/splits.ipynb #7213f884
+# %% ../../nbs/data/splits.ipynb #3bc43425
 def _check_split(catalog: pl.DataFrame, valid: float, test: float, by: str, time: str, overwrite: bool) -> None:
     if by not in ("label", "group", "time"): raise ParameterError(f"by={by!r}: label, group or time")
     if min(valid, test) < 0 or not 0 < valid + test < 1:
         raise ParameterError(f"valid={valid}, test={test}: shares of the catalog, together above 0 and below 1")
     if "split" in catalog.columns and catalog["split"].null_count() < len(catalog) and not overwrite:
-        raise ParameterError("the catalog already has a split; keep it so that results compare, or pass overwrite=True")
+        raise ParameterError("the catalog already has a split; keep it so that results compare, or split anew (overwrite)")
     column = time if by == "time" else by
     if column not in catalog.columns: raise CatalogError(f"by={by!r}: the catalog has no column {column!r}")
     if by == "group" and catalog["group"].null_count() == len(catalog): raise CatalogError("by='group': the column 'group' is empty")

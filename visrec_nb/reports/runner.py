@@ -104,7 +104,7 @@ def run_report(
     _execute(notebook, out, values, manifest, paths, timeout)
     return Run(out, read_json(out / "metrics.json"), read_json(out / "manifest.json"), True)
 
-# %% ../../nbs/reports/runner.ipynb #a129df56
+# %% ../../nbs/reports/runner.ipynb #ffcb139f
 def _execute(notebook: Path, out: Path, values: Mapping[str, Any], manifest: dict[str, Any], bundles: Sequence[Path], timeout: int) -> None:
     import nbformat, papermill
     from papermill.exceptions import PapermillExecutionError
@@ -115,7 +115,7 @@ def _execute(notebook: Path, out: Path, values: Mapping[str, Any], manifest: dic
         try:
             papermill.execute_notebook(str(notebook), str(folder / "report.ipynb"), given, kernel_name="python3", progress_bar=False,
                                        start_timeout=120, execution_timeout=timeout, cwd=os.getcwd(),
-                                       extra_arguments=["--IPKernelApp.log_level=40"])
+                                       extra_arguments=["--IPKernelApp.log_level=50"])
             if not (folder / "metrics.json").is_file(): raise ReportError(f"{notebook.stem}: wrote no metrics.json into `out`")
             error = None
         except PapermillExecutionError as e: error = e
