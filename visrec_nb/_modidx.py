@@ -692,6 +692,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'visrec_nb/vision/features.py'),
                                            'visrec_nb.vision.features.Embedded': ( 'vision/features.html#embedded',
                                                                                    'visrec_nb/vision/features.py'),
+                                           'visrec_nb.vision.features.Embedded.for_items': ( 'vision/features.html#embedded.for_items',
+                                                                                             'visrec_nb/vision/features.py'),
                                            'visrec_nb.vision.features._ahead': ( 'vision/features.html#_ahead',
                                                                                  'visrec_nb/vision/features.py'),
                                            'visrec_nb.vision.features._shown': ( 'vision/features.html#_shown',

@@ -114,7 +114,7 @@ def _ahead(jobs: Iterator[Future], n: int) -> Generator[Any, None, None]:
     finally:
         for job in waiting: job.cancel()
 
-# %% ../../nbs/vision/features.ipynb #22c4a2f8
+# %% ../../nbs/vision/features.ipynb #c27e014d
 @dataclass
 class Embedded:
     "The features of a catalog."
@@ -122,6 +122,16 @@ class Embedded:
     features: np.ndarray # float32 (rows, T, F)
     skipped: pl.DataFrame # item_id, path, reason: what could not be read
     computed: int # how many were not in the store yet
+
+    def for_items(self,
+        item_ids: Sequence[Any], # ids of the catalog; others get a row of NaN
+    ) -> np.ndarray: # float32 (len(item_ids), F), the mean over T
+        "One vector an item, for those who know items and not files: this is what a hybrid recommender takes."
+        rows = {item: i for i, item in enumerate(self.catalog["item_id"])}
+        vectors = np.full((len(item_ids), self.features.shape[2]), np.nan, np.float32)
+        for n, item in enumerate(item_ids):
+            if (row := rows.get(str(item))) is not None: vectors[n] = self.features[row].mean(0)
+        return vectors
 
 def embed(
     catalog: pl.DataFrame, # with `path`; `sha256` saves hashing
