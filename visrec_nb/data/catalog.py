@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'SPLITS', 'media_kind', 'catalog_from_folder', 'as_catalog', 'read_catalog',
-           'write_catalog', 'with_hashes', 'catalog_fingerprint', 'class_labels', 'count_by_class']
+           'write_catalog', 'with_hashes', 'catalog_fingerprint', 'class_labels', 'class_numbers', 'count_by_class']
 
 # %% ../../nbs/data/catalog.ipynb #3058b07c
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from ..core.errors import CatalogError
 from ..core.files import atomic_file, fingerprint, sha256_file
 from ..core.progress import track
+
+if TYPE_CHECKING: import numpy as np
 
 # %% ../../nbs/data/catalog.ipynb #cea5d261
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .mpo .ppm .pgm".split())
@@ -154,6 +156,13 @@ def class_labels(
         raise CatalogError(f"the class {missing[0]!r} has no training item; add some or leave the class out")
     if len(labels) < 2: raise CatalogError(f"a classifier needs at least two classes; the catalog has {labels}")
     return labels
+
+def class_numbers(
+    catalog: pl.DataFrame, # with `label`, each one of `labels`
+    labels: list[str], # in the order of the model's outputs
+) -> "np.ndarray": # int (N,)
+    "The number of each item's class."
+    return catalog["label"].replace_strict({label: i for i, label in enumerate(labels)}, return_dtype=pl.Int64).to_numpy()
 
 def count_by_class(catalog: pl.DataFrame, order: Iterable[str] = ("train", "valid", "test")) -> pl.DataFrame:
     "A row a class, a column a split: how many items."

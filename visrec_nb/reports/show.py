@@ -49,14 +49,17 @@ def thumbnail(
     image.save(out, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
 
+def _captioned(source: str, text: str) -> str:
+    text = html.escape(text)
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+
 def pictures(
     images: Sequence["np.ndarray"], # uint8 (H, W, 3)
     captions: Sequence[str], # one each
 ) -> "HTML":
     "A grid of pictures with captions."
     from IPython.display import HTML
-    cells = "".join(f'<figure><img alt="{html.escape(text)}" src="{thumbnail(image)}">'
-                    f"<figcaption>{html.escape(text)}</figcaption></figure>" for image, text in zip(images, captions, strict=True))
+    cells = "".join(_captioned(thumbnail(image), text) for image, text in zip(images, captions, strict=True))
     return HTML(f'<div class="pictures">{cells}</div>')
 
 def strips(
@@ -66,8 +69,7 @@ def strips(
     "Clips as film strips, a row each."
     import numpy as np
     from IPython.display import HTML
-    rows = "".join(f'<figure><img alt="{html.escape(text)}" src="{thumbnail(np.concatenate(list(frames), 1), 900)}">'
-                   f"<figcaption>{html.escape(text)}</figcaption></figure>" for frames, text in zip(clips, captions, strict=True))
+    rows = "".join(_captioned(thumbnail(np.concatenate(list(frames), 1), 900), text) for frames, text in zip(clips, captions, strict=True))
     return HTML(f'<div class="strips">{rows}</div>')
 
 def photo_or_blank(path: str | Path, size: int | None = None) -> "np.ndarray":

@@ -36,7 +36,7 @@ from ..core.errors import BundleError, CatalogError, ParameterError
 from ..core.files import cache_dir
 from ..core.seeds import named_seed, seed_everything
 from ..core.stats import wilson_interval, with_interval
-from ..data.catalog import catalog_fingerprint, class_labels, read_catalog, with_hashes
+from ..data.catalog import catalog_fingerprint, class_labels, class_numbers, read_catalog, with_hashes
 from ..media.image import load_image
 from .backbones import Backbone, backbone, export_encoder, export_onnx, onnx_backbone, torch_backbone
 from .encoder import onnx_session, run_onnx
@@ -155,8 +155,7 @@ class VisionLearner(Learner):
     def _train(self) -> np.ndarray: return (self.catalog["split"] == "train").to_numpy()
 
     @property
-    def _targets(self) -> np.ndarray:
-        return self.catalog["label"].replace_strict({label: i for i, label in enumerate(self.labels)}).to_numpy()
+    def _targets(self) -> np.ndarray: return class_numbers(self.catalog, self.labels)
 
     def _body_changed(self) -> bool:
         return isinstance(self.model, nn.Sequential) and _weights_fingerprint(self.model[0]) != self._pretrained
@@ -221,11 +220,13 @@ def write_classifier_bundle(
             pixels = (torch.tensor(noise).float() - torch.tensor(learn.row.mean)) / torch.tensor(learn.row.std)
             with torch.no_grad(): expected = body(pixels.permute(0, 3, 1, 2)).numpy()
             manifest["encoder_gap"] = _check_onnx(folder / "encoder.onnx", {"pixels": noise}, expected, 1e-3 * np.abs(expected).max())
-        else: (folder / "encoder.onnx").write_bytes(onnx_backbone(learn.row.name).read_bytes())
-        found = embed(learn.catalog, folder / "encoder.onnx", learn.preprocessing, learn._store)
-        valid, logits = ~learn._train, head_logits(learn.head.cpu(), found.features)
-        export_onnx(learn.head, {"features": torch.from_numpy(found.features[:2])}, "logits", folder / "head.onnx")
-        manifest["head_gap"] = _check_onnx(folder / "head.onnx", {"features": found.features}, logits, 1e-4, softmax)
+            features = embed(learn.catalog, folder / "encoder.onnx", learn.preprocessing, learn._store).features
+        else:
+            (folder / "encoder.onnx").write_bytes(onnx_backbone(learn.row.name).read_bytes())
+            features = learn._features
+        valid, logits = ~learn._train, head_logits(learn.head.cpu(), features)
+        export_onnx(learn.head, {"features": torch.from_numpy(features[:2])}, "logits", folder / "head.onnx")
+        manifest["head_gap"] = _check_onnx(folder / "head.onnx", {"features": features}, logits, 1e-4, softmax)
         manifest["temperature"] = fit_temperature(logits[valid], learn._targets[valid])
     return ClassifierBundle(path)
 
@@ -302,7 +303,7 @@ def video_learner(
     found, labels, folder = _training_features(source, arch, preprocessing, store, valid_fraction, seed)
     catalog = found.catalog
     train = (catalog["split"] == "train").to_numpy()
-    y = catalog["label"].replace_strict({label: i for i, label in enumerate(labels)}).to_numpy()
+    y = class_numbers(catalog, labels)
     dls = feature_loaders(found.features, y, train, bs=bs)
     head = ClipHead(row.dim, found.features.shape[2] - row.dim, len(labels), dropout)
     head.measure(torch.from_numpy(found.features[train]))

@@ -16,7 +16,7 @@ import polars as pl
 
 from ..core.bundle import verify_bundle
 from ..core.errors import BundleError, CatalogError, InputError
-from ..data.catalog import read_catalog
+from ..data.catalog import class_numbers, read_catalog
 from .encoder import Encoder, onnx_session, run_onnx
 from .evaluation import classification_metrics, softmax
 from .features import Embedded, embed, stream_features
@@ -79,7 +79,7 @@ class ClassifierBundle:
         if unknown := sorted(set(catalog["label"]) - set(self.labels)):
             raise CatalogError(f"the label {unknown[0]!r} is not one of the bundle's: {', '.join(self.labels)}")
         found = self.embed(catalog, store)
-        targets = found.catalog["label"].replace_strict({label: i for i, label in enumerate(self.labels)}, return_dtype=pl.Int64).to_numpy()
+        targets = class_numbers(found.catalog, self.labels)
         probs = self.probabilities(found.features)
         metrics = classification_metrics(probs, targets, seed) | {"skipped": found.skipped.height}
         return Evaluation(metrics, probs, targets, found.catalog, found.skipped, found.features)
