@@ -12,7 +12,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(HERE / "settings.ini", encoding="utf-8")
 facts = parser["DEFAULT"]
 
-EXTRAS = ("vision", "recsys", "reports", "widgets", "dev")
+EXTRAS = ("data", "vision", "recsys", "reports", "cloud", "widgets", "dev")
 extras = {name: facts[f"{name}_requirements"].split() for name in EXTRAS}
 extras["all"] = sorted({requirement for requirements in extras.values() for requirement in requirements})
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("vision", "recsys", "reports", "widgets", "dev")
+EXTRAS = ("data", "vision", "recsys", "reports", "cloud", "widgets", "dev")
 NOT_SOURCE = (".git", ".venv", "out", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".ipynb_checkpoints", "_proc", "_docs")
 
 

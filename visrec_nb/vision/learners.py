@@ -6,7 +6,7 @@
 __all__ = ['training_part', 'feature_loaders', 'one_thread', 'head_logits', 'fit_head_on', 'VisionLearner',
            'write_classifier_bundle', 'image_learner', 'video_learner', 'still_frame_metrics']
 
-# %% ../../nbs/vision/learners.ipynb #138e4713
+# %% ../../nbs/vision/learners.ipynb #92a377b8
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,6 +37,7 @@ from ..core.files import cache_dir
 from ..core.seeds import named_seed, seed_everything
 from ..core.stats import wilson_interval, with_interval
 from ..data.catalog import catalog_fingerprint, class_labels, class_numbers, read_catalog, with_hashes
+from ..data.remote import local_file
 from ..media.image import load_image
 from .backbones import Backbone, backbone, export_encoder, export_onnx, onnx_backbone, torch_backbone
 from .encoder import onnx_session, run_onnx
@@ -130,7 +131,7 @@ def fit_head_on(
     head.load_state_dict(best[1])
     return tried
 
-# %% ../../nbs/vision/learners.ipynb #16873df3
+# %% ../../nbs/vision/learners.ipynb #2f2f7fa3
 class VisionLearner(Learner):
     "A fastai `Learner` that remembers its catalog, trains its head on cached features, and writes bundles."
     catalog: pl.DataFrame # the readable train and valid rows
@@ -184,7 +185,7 @@ class VisionLearner(Learner):
         "Refused: fastai's export is a pickle, which runs code when it is loaded."
         raise BundleError("export writes a pickle, which runs code when it is loaded; use to_bundle(path)")
 
-# %% ../../nbs/vision/learners.ipynb #2521f48a
+# %% ../../nbs/vision/learners.ipynb #b1dc1f8b
 def _weights_fingerprint(module: nn.Module) -> str:
     import hashlib
     digest = hashlib.sha256()
@@ -230,15 +231,15 @@ def write_classifier_bundle(
         manifest["temperature"] = fit_temperature(logits[valid], learn._targets[valid])
     return ClassifierBundle(path)
 
-# %% ../../nbs/vision/learners.ipynb #b7dc7760
-def _open_image(path: str, size: int) -> PILImage: return PILImage.create(load_image(path, size))
+# %% ../../nbs/vision/learners.ipynb #32764de6
+def _open_image(path: str, size: int) -> PILImage: return PILImage.create(load_image(local_file(path), size))
 
 def _training_features(source: Any, arch: str, preprocessing: dict[str, Any], store: str | Path | None, valid_fraction: float,
                        seed: int) -> tuple[Embedded, list[str], Path]:
     "Features of the readable training and validation items, the labels, the store; everything is seeded after it."
     part, labels = training_part(source, preprocessing["media"], valid_fraction, seed)
     folder = Path(store) if store is not None else cache_dir("embeddings")
-    found = embed(part, onnx_backbone(arch), preprocessing, folder)
+    found = embed(part, arch, preprocessing, folder)
     lost = f" ({found.skipped.height} files could not be read, the first is {found.skipped['path'][0]})" if found.skipped.height else ""
     try: left = class_labels(found.catalog) if found.catalog.height else []
     except CatalogError as e: raise CatalogError(f"{e}{lost}") from e
@@ -284,7 +285,7 @@ def _remember(learn, found, labels, preprocessing, row, seed, store, pretrained)
     learn._store, learn._features, learn._pretrained = store, found.features, pretrained
     return learn
 
-# %% ../../nbs/vision/learners.ipynb #115eca6b
+# %% ../../nbs/vision/learners.ipynb #c0078523
 def video_learner(
     source: Any, # class folders, a catalog file or frame
     arch: str = "efficientnet_lite0", # the backbone: packaged, or any name of timm

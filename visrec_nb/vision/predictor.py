@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_SCHEMA', 'ClassifierBundle', 'Evaluation']
 
-# %% ../../nbs/vision/predictor.ipynb #59193f71
+# %% ../../nbs/vision/predictor.ipynb #661c2558
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,12 @@ from .encoder import Encoder, onnx_session, run_onnx
 from .evaluation import classification_metrics, softmax
 from .features import Embedded, embed, stream_features
 
-# %% ../../nbs/vision/predictor.ipynb #d63ebb53
+# %% ../../nbs/vision/predictor.ipynb #a3b0585b
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
         path: str | Path, # the bundle's folder
-        threads: int = 2, # for the network and for decoding
+        threads: int | None = None, # that decode and embed; None: one a core
     ):
         self.path, self.threads = Path(path), threads
         self.manifest = verify_bundle(path)
@@ -34,13 +34,13 @@ class ClassifierBundle:
             raise BundleError(f"{path}: is for {self.manifest['task']}, not a classifier")
         self.labels: list[str] = self.manifest["labels"]
         self.preprocessing: dict[str, Any] = self.manifest["preprocessing"]
-        self.head = onnx_session(self.path / "head.onnx", threads)
+        self.head = onnx_session(self.path / "head.onnx")
         self._encoder: Encoder | None = None
 
     @property
     def encoder(self) -> Encoder:
         "The backbone, opened when first needed."
-        if self._encoder is None: self._encoder = Encoder(self.path / "encoder.onnx", self.threads)
+        if self._encoder is None: self._encoder = Encoder(self.path / "encoder.onnx")
         return self._encoder
 
     def __repr__(self): return f"<{self.manifest['task']} bundle: {len(self.labels)} classes, {self.path.name}>"
@@ -62,7 +62,7 @@ class ClassifierBundle:
         store: str | Path | None = None, # folder of the embedding store
     ) -> Embedded:
         "Features of a catalog's files as this bundle wants them."
-        return embed(catalog, self.path / "encoder.onnx", self.preprocessing, store, self.threads)
+        return embed(catalog, self.encoder, self.preprocessing, store, self.threads)
 
     def evaluate(self,
         source: Any, # a catalog or whatever `read_catalog` takes, with labels
