@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'train_app', 'bundle_app', 'report_app', 'Source', 'Json', 'Seed', 'demo', 'data_check',
-           'data_split', 'embed_command', 'search_command', 'train_image', 'train_video', 'train_recommender',
-           'predict', 'evaluate', 'recommend', 'similar', 'bundle_inspect', 'bundle_verify', 'report_list',
-           'report_show', 'report_run', 'main']
+           'data_split', 'data_repair', 'data_prepare', 'embed_command', 'search_command', 'train_image', 'train_video',
+           'train_recommender', 'predict', 'evaluate', 'recommend', 'similar', 'bundle_inspect', 'bundle_verify',
+           'report_list', 'report_show', 'report_run', 'main']
 
 # %% ../nbs/cli.ipynb #5429ed4f
 import json, os, sys, warnings
@@ -66,7 +66,7 @@ def demo(
     if as_json: _print_json(found)
     else: typer.echo(str(out / "index.html"))
 
-# %% ../nbs/cli.ipynb #4fbdb860
+# %% ../nbs/cli.ipynb #89bf94e5
 @data_app.command("check")
 def data_check(
     source: Source,
@@ -93,17 +93,83 @@ def data_check(
 def data_split(
     source: Source,
     out: Annotated[Path, typer.Option(help="The new catalog, .csv or .parquet.")],
-    by: Annotated[str, typer.Option(help="label, group or time.")] = "label",
+    by: Annotated[str, typer.Option(help="label, group, time or random.")] = "label",
+    valid: Annotated[float, typer.Option(help="Share of the validation part.")] = 0.15,
+    test: Annotated[float, typer.Option(help="Share of the test part.")] = 0.15,
+    time: Annotated[str, typer.Option(help="By time: the column.")] = "timestamp",
+    pairs: Annotated[Path | None, typer.Option(help="Pairs of items that stay together: pairs.csv of `visrec data check`.")] = None,
+    groups_from: Annotated[str | None, typer.Option(help="Groups from names: segment, ucf101, or a pattern with (?P<group>...).")] = None,
+    folds: Annotated[int | None, typer.Option(help="Instead of a split: a column `fold` for cross-validation.")] = None,
+    keep: Annotated[str | None, typer.Option(help="train, valid or test: that part stays; all: only new items are dealt.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Split anew where the catalog has a split.")] = False,
     seed: Seed = 42,
 ) -> None:
-    "Split a catalog into train, valid and test."
+    "Split a catalog into train, valid and test; what belongs together stays together."
     from visrec_nb.data.catalog import read_catalog, write_catalog
-    from visrec_nb.data.splits import split_catalog
-    catalog = split_catalog(read_catalog(source), by=by, seed=seed, overwrite=overwrite)
+    from visrec_nb.data.splits import fold_catalog, group_from_names, split_catalog
+    catalog, together = read_catalog(source), None if pairs is None else _pairs_of(pairs)
+    if groups_from: catalog = group_from_names(catalog, groups_from)
+    if folds is not None: catalog = fold_catalog(catalog, folds, by, seed, together)
+    else: catalog = split_catalog(catalog, valid, test, by, seed, time, together, overwrite, keep)
     write_catalog(catalog, out)
-    counts = catalog["split"].value_counts().sort("split")
-    typer.echo(", ".join(f"{n} {split}" for split, n in counts.iter_rows()) + f" in {out}")
+    column = "split" if folds is None else "fold"
+    counts = catalog.drop_nulls(column)[column].value_counts().sort(column)
+    typer.echo(", ".join(f"{n} {'' if folds is None else 'fold '}{part}" for part, n in counts.iter_rows()) + f" in {out}")
+
+def _pairs_of(path: Path) -> "pl.DataFrame": # item_id, other_item_id
+    "A table of pairs from a file."
+    table = _read_items(path)
+    if table is None or not {"item_id", "other_item_id"} <= set(table.columns):
+        raise InputError(f"{path}: a table with item_id and other_item_id is meant")
+    return table
+
+@data_app.command("repair")
+def data_repair(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The new catalog, .csv or .parquet.")],
+    pairs: Annotated[Path | None, typer.Option(help="Pairs of copies: pairs.csv of `visrec data check`.")] = None,
+    favour: Annotated[str, typer.Option(help="The part that stays as it is.")] = "test",
+    move: Annotated[bool, typer.Option("--move", help="Move items to the favoured part, instead of leaving them out.")] = False,
+    changes: Annotated[Path | None, typer.Option(help="Where to write what was changed and why; else on stdout.")] = None,
+) -> None:
+    "Mend a split in which groups, copies or pairs lie in different parts."
+    from visrec_nb.data.catalog import read_catalog, write_catalog
+    from visrec_nb.data.splits import repair_leaks
+    repaired = repair_leaks(read_catalog(source), None if pairs is None else _pairs_of(pairs), favour, "move" if move else "leave_out")
+    write_catalog(repaired.catalog, out)
+    _write_table(repaired.changed, changes)
+    _note(f"{repaired.changed.height} items {'moved' if move else 'left out'}, {repaired.catalog.height} in {out}")
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Source,
+    cache: Annotated[Path, typer.Option(help="Folder for the prepared files; what it holds is not made again.")],
+    out: Annotated[Path, typer.Option(help="The new catalog, .csv or .parquet.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 224,
+    fit: Annotated[str, typer.Option(help="squash, short_side, pad or crop.")] = "squash",
+    picture_format: Annotated[str, typer.Option("--format", help="jpeg, webp or png.")] = "jpeg",
+    quality: Annotated[int, typer.Option(help="1 to 100, of jpeg and webp.")] = 90,
+    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 8,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, instead of --frames.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="SOURCE is a prepared catalog: make its files again, in the same way.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Resize photos, or extract the frames of clips, into a folder of training-ready pictures."
+    import polars as pl
+    from visrec_nb.data.catalog import read_catalog, write_catalog
+    from visrec_nb.data.prepare import extract_frames, prepare_again, prepare_images
+    catalog = read_catalog(source)
+    photos, clips = catalog.filter(media="image"), catalog.filter(media="video")
+    done = [prepare_again(catalog, cache)] if again else []
+    if not again and photos.height: done.append(prepare_images(photos, cache, size, fit, picture_format, quality))
+    if not again and clips.height: done.append(extract_frames(clips, cache, frames, fps, size, fit, picture_format, quality))
+    write_catalog(pl.concat([d.catalog for d in done], how="diagonal"), out)
+    skipped = pl.concat([d.skipped for d in done])
+    for row in skipped.head(10).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+    facts = {"pictures": sum(d.catalog.height for d in done), "made": sum(d.made for d in done), "reused": sum(d.reused for d in done),
+             "skipped": skipped.height}
+    if as_json: _print_json(facts)
+    else: typer.echo(", ".join(f"{n} {what}" for what, n in facts.items()) + f"; catalog in {out}")
 
 # %% ../nbs/cli.ipynb #4fa77c3a
 @app.command("embed")

@@ -2,8 +2,9 @@
 import lazy_loader as lazy
 
 __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
-    "image": ["decode_image", "load_image"],
+    "image": ["ImageFacts", "decode_image", "image_facts", "load_image", "read_bytes"],
     "video": ["Clip", "Facts", "Pairs", "probe", "read_clip", "read_pairs"],
+    "isolated": ["IsolatedDecoder"],
     "motion": ["grid_flow"],
     "render": ["MOVES", "camera_path", "render_frames", "render_move", "write_video"],
 })
