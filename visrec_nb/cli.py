@@ -289,7 +289,7 @@ def _read_items(path: Path | None) -> "pl.DataFrame | None":
     try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
 
-# %% ../nbs/cli.ipynb #84c8ae11
+# %% ../nbs/cli.ipynb #3fb4db14
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
@@ -312,7 +312,7 @@ def predict(
 @app.command()
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A classifier's or recommender's bundle.")],
-    source: Annotated[Path, typer.Argument(help="A labelled catalog or folder; for a recommender, a log of later events.")],
+    source: Annotated[str, typer.Argument(help="A labelled catalog or folder; for a recommender, a log of later events.")],
     as_json: Json = False,
 ) -> None:
     "How well a bundle does on data with known answers."

@@ -6,19 +6,21 @@
 __all__ = ['WORDNET', 'SOURCES', 'BY_HAND', 'read_imagenette', 'read_oxford_pets', 'read_movielens', 'read_ucf101', 'read_hmdb51',
            'read_kinetics', 'unpack', 'fetch']
 
-# %% ../../nbs/data/public.ipynb #fb0e5642
-import io, os, re, stat, tarfile, tempfile, urllib.error, urllib.request, zipfile
+# %% ../../nbs/data/public.ipynb #9c276ab8
+import io, os, re, stat, tarfile, tempfile, urllib.error, urllib.request, warnings, zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
 
-from ..core.errors import CatalogError, InputError, InteractionsError, ParameterError
+from ..core.errors import CatalogError, DataWarning, InputError, InteractionsError, ParameterError
 from ..core.files import atomic_folder
 from ..core.progress import track
-from .catalog import SPLITS, VIDEO_SUFFIXES, catalog_from_folder
+from .catalog import catalog_from_folder
+from .rules import VIDEO_SUFFIXES, as_catalog
 
-# %% ../../nbs/data/public.ipynb #045bdc1d
+# %% ../../nbs/data/public.ipynb #f2927596
 def _text(path: Path) -> str:
     "The content of a text file; MovieLens wrote Latin-1 before it wrote UTF-8."
     if not path.is_file(): raise InputError(f"{path}: missing; is {path.parent} the folder as its authors ship it?")
@@ -26,12 +28,23 @@ def _text(path: Path) -> str:
     try: return data.decode("utf-8")
     except UnicodeDecodeError: return data.decode("latin-1")
 
-def _listed(rows: list[tuple], columns: list[str], where: Path) -> pl.DataFrame:
-    "A catalog of listed files, all of which must exist; the first columns are item_id and path."
+def _lines(path: Path, form: str, comment: str = "\n") -> Iterator[tuple[str, ...]]:
+    "The groups of a pattern that every line must match, but for empty ones and comments."
+    for number, line in enumerate(map(str.strip, _text(path).split("\n")), 1):
+        if not line or line.startswith(comment): continue
+        if (parts := re.fullmatch(form, line)) is None: raise CatalogError(f"{path}: line {number} is not as published: {line[:80]!r}")
+        yield parts.groups()
+
+def _listed(rows: list[tuple], columns: list[str], where: Path, some: bool = False) -> pl.DataFrame:
+    "A catalog of listed files; without `some` all must be there. The first columns are item_id and path."
     if not rows: raise CatalogError(f"{where}: lists no files")
-    absent = [row[1] for row in rows if not os.path.isfile(row[1])]
-    if absent: raise CatalogError(f"{where}: {len(absent)} of {len(rows)} listed files are missing, the first: {absent[0]}")
-    return pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row")
+    absent = [row for row in rows if not os.path.isfile(row[1])]
+    said = f"{where}: {len(absent)} of {len(rows)} listed files are missing, the first: {absent[0][1]}" if absent else ""
+    if absent and (not some or len(absent) == len(rows)): raise CatalogError(said)
+    if absent: warnings.warn(f"{said}; figures on the rest are no published figures", DataWarning, stacklevel=3)
+    gone = set(absent)
+    table = pl.DataFrame([row for row in rows if row not in gone], schema=dict.fromkeys(columns, pl.String), orient="row")
+    return as_catalog(table, str(where))
 
 # %% ../../nbs/data/public.ipynb #4a0cd7e6
 WORDNET = {
@@ -53,16 +66,14 @@ def read_imagenette(
         raise CatalogError(f"{folder}: the class folder {unknown[0]!r} is of neither Imagenette nor Imagewoof")
     return catalog.with_columns(pl.col("label").replace_strict(WORDNET))
 
-# %% ../../nbs/data/public.ipynb #0f368c74
+# %% ../../nbs/data/public.ipynb #b2265006
 def read_oxford_pets(
     folder: str | Path, # holds images/ and annotations/
 ) -> pl.DataFrame: # a catalog with label (breed), split (train, test) and species
     "Oxford-IIIT Pets in its official split."
     folder, rows = Path(folder), []
     for file, split in (("trainval.txt", "train"), ("test.txt", "test")):
-        for line in _text(folder/"annotations"/file).splitlines():
-            if not line.strip() or line.startswith("#"): continue
-            name, _, species, _ = line.split()
+        for name, species in _lines(folder/"annotations"/file, r"(\S+) \d+ ([12]) \d+", "#"):
             rows.append((name, str(folder.resolve()/"images"/f"{name}.jpg"), "image", name.rpartition("_")[0].replace("_", " "), split,
                          "cat" if species == "1" else "dog"))
     return _listed(rows, ["item_id", "path", "media", "label", "split", "species"], folder)
@@ -122,7 +133,7 @@ def read_movielens(
     rows = [(item, title, _genres(genres)) for item, title, genres in films.select("movieId", "title", "genres").rows()]
     return _ratings(folder/"ratings.csv", ",", True), _movies(rows)
 
-# %% ../../nbs/data/public.ipynb #7cbc4f05
+# %% ../../nbs/data/public.ipynb #4c907f7c
 def _below(folder: Path, *names: str) -> Path:
     "The first of the sub-folders that exists, else the folder itself."
     return next((folder/name for name in names if (folder/name).is_dir()), folder)
@@ -130,24 +141,33 @@ def _below(folder: Path, *names: str) -> Path:
 def read_ucf101(
     folder: str | Path, # holds UCF-101/ (or the class folders) and ucfTrainTestlist/
     split: int = 1, # which official split: 1, 2 or 3
-) -> pl.DataFrame: # a catalog with label, group (class and scene) and split (train, test)
+    some: bool = False, # accept that clips are missing
+) -> pl.DataFrame: # a catalog with label, group (class and film) and split (train, test)
     "UCF101 in one of its official splits."
     if split not in (1, 2, 3): raise ParameterError(f"split={split}: UCF101 has the splits 1, 2 and 3")
     folder = Path(folder).resolve()
     videos, lists, rows = _below(folder, "UCF-101", "UCF101"), _below(folder, "ucfTrainTestlist"), []
-    for part in ("train", "test"):
-        for line in _text(lists/f"{part}list{split:02d}.txt").splitlines():
-            if not line.strip(): continue
-            name = line.split()[0]
-            label, _, file = name.partition("/")
-            scene = re.search(r"_g(\d+)_c\d+", file)
-            if scene is None: raise CatalogError(f"{lists/f'{part}list{split:02d}.txt'}: {name!r} has no scene number gXX")
-            rows.append((name, str(videos/name), "video", label, f"{label}-g{scene[1]}", part))
-    return _listed(rows, ["item_id", "path", "media", "label", "group", "split"], folder)
+    index = lists/"classInd.txt"
+    numbers = {label: number for number, label in _lines(index, r"(\d+) (\S+)")}
+    for part, tail in (("train", r" (\d+)"), ("test", r"( \d+)?")):
+        file = lists/f"{part}list{split:02d}.txt"
+        for label, clip, film, number in _lines(file, rf"([^/]+)/(v_\w+_(g\d+)_c\d+\.avi){tail}"):
+            if label not in numbers or number not in (None, numbers[label]):
+                raise CatalogError(f"{file}: {label} {number or ''} does not agree with {index}")
+            rows.append((f"{label}/{clip}", str(videos/label/clip), "video", label, f"{label}-{film}", part))
+    return _listed(rows, ["item_id", "path", "media", "label", "group", "split"], folder, some)
+
+# %% ../../nbs/data/public.ipynb #5ebfad89
+_TAGS = r"_[a-z]_[a-z]{2}_np\d+_[a-z]{2}_[a-z]{3}_\d+$" # body, camera, people, view, quality, number
+
+def _film(stem: str, label: str) -> str:
+    "The film of a clip of HMDB51: what stands before its action."
+    return stem.rpartition(f"_{label}_")[0] or re.sub(_TAGS, "", stem)
 
 def read_hmdb51(
-    folder: str | Path, # holds the class folders and testTrainMulti_7030_splits/
+    folder: str | Path, # holds the class folders (also in videos/ or hmdb51_org/) and testTrainMulti_7030_splits/
     split: int = 1, # which official split: 1, 2 or 3
+    some: bool = False, # accept that clips are missing
 ) -> pl.DataFrame: # a catalog with label, group (film) and split (train, test)
     "HMDB51 in one of its official splits; clips that the split leaves out are left out."
     if split not in (1, 2, 3): raise ParameterError(f"split={split}: HMDB51 has the splits 1, 2 and 3")
@@ -157,34 +177,39 @@ def read_hmdb51(
     if not files: raise CatalogError(f"{lists}: no *_test_split{split}.txt; unpack test_train_splits.rar there")
     for file in files:
         label = file.name.removesuffix(f"_test_split{split}.txt")
-        for line in _text(file).splitlines():
-            if not line.strip(): continue
-            name, use = line.rsplit(maxsplit=1)
-            if use in ("1", "2"):
-                film = name.split(f"_{label}_")[0]
-                rows.append((f"{label}/{name}", str(videos/label/name), "video", label, film, "train" if use == "1" else "test"))
-    return _listed(rows, ["item_id", "path", "media", "label", "group", "split"], folder)
+        for clip, use in _lines(file, r"(.+\.avi)\s+([012])"):
+            part = {"1": "train", "2": "test"}.get(use)
+            if part: rows.append((f"{label}/{clip}", str(videos/label/clip), "video", label, _film(clip[:-4], label), part))
+    return _listed(rows, ["item_id", "path", "media", "label", "group", "split"], folder, some)
 
-# %% ../../nbs/data/public.ipynb #831d4be9
+# %% ../../nbs/data/public.ipynb #0cd794c4
+def _seconds(table: pl.DataFrame, column: str, where: Any) -> pl.Expr:
+    "A column of seconds as whole numbers."
+    if column not in table.columns: raise CatalogError(f"{where}: no column {column!r}; it has {', '.join(table.columns)}")
+    bad = (~table[column].str.contains(r"^\d+(\.\d+)?$").fill_null(False)).arg_true()
+    if len(bad): raise CatalogError(f"{where}: {column!r} is not a number of seconds (row {bad[0] + 1})")
+    return pl.col(column).cast(pl.Float64).cast(pl.Int64)
+
 def read_kinetics(
     csv: str | Path, # label, youtube_id, time_start, time_end, split
-    folder: str | Path, # the clips, anywhere below: ID_000010_000020.mp4 or ID.mp4
+    folder: str | Path, # the clips, anywhere below: ID_000010_000020.mp4, ID_10_20.mp4 or ID.mp4
 ) -> tuple[pl.DataFrame, pl.DataFrame]: # a catalog with group (the video); the rows of the CSV without a file
     "Kinetics 400, 600 or 700 as far as it was obtained, and what is missing."
     if not Path(csv).is_file(): raise CatalogError(f"{csv}: no such file")
-    table = pl.read_csv(csv, schema_overrides={"youtube_id": pl.String, "label": pl.String})
-    if lacking := [c for c in ("youtube_id", "time_start", "time_end") if c not in table.columns]:
-        raise CatalogError(f"{csv}: no column {lacking[0]!r}; it has {', '.join(table.columns)}")
+    try: table = pl.read_csv(csv, infer_schema=False).unique(maintain_order=True)
+    except pl.exceptions.PolarsError as e: raise CatalogError(f"{csv}: cannot be read as csv ({str(e).splitlines()[0]})") from e
+    times = {c: _seconds(table, c, csv) for c in ("time_start", "time_end")}
+    if "youtube_id" not in table.columns: raise CatalogError(f"{csv}: no column 'youtube_id'; it has {', '.join(table.columns)}")
     files = {p.stem: str(p) for p in sorted(Path(folder).resolve().rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()}
     if not files: raise CatalogError(f"{folder}: holds no video files")
-    seconds = [pl.col(c).cast(pl.Int64).cast(pl.String).str.zfill(6) for c in ("time_start", "time_end")]
-    table = table.with_columns(item_id=pl.concat_str("youtube_id", *seconds, separator="_"))
-    path = [pl.col(c).replace_strict(files, default=None, return_dtype=pl.String) for c in ("item_id", "youtube_id")]
-    table = table.with_columns(path=pl.coalesce(*path), media=pl.lit("video"), group=pl.col("youtube_id"))
-    if "split" in table.columns: table = table.with_columns(pl.col("split").replace({"validate": "valid", **SPLITS}))
-    columns = [c for c in ("item_id", "path", "media", "label", "group", "split") if c in table.columns]
-    found = table.filter(pl.col("path").is_not_null()).select(columns)
-    return found, table.filter(pl.col("path").is_null()).drop("path", "media", "group")
+    table = table.with_columns(**times)
+    short = pl.concat_str("youtube_id", *times, separator="_")
+    full = pl.concat_str("youtube_id", *(pl.col(c).cast(pl.String).str.zfill(6) for c in times), separator="_")
+    path = pl.coalesce(name.replace_strict(files, default=None, return_dtype=pl.String) for name in (full, short, pl.col("youtube_id")))
+    missing = table.filter(path.is_null())
+    if len(missing) == len(table): raise CatalogError(f"{folder}: none of the {len(table)} clips of {csv} is here")
+    found = table.with_columns(item_id=full, path=path, media=pl.lit("video")).rename({"youtube_id": "group"})
+    return as_catalog(found.filter(pl.col("path").is_not_null()), str(csv)), missing
 
 # %% ../../nbs/data/public.ipynb #e208167f
 _FASTAI, _GROUPLENS = "https://s3.amazonaws.com/fast-ai-imageclas/", "https://files.grouplens.org/datasets/movielens/"

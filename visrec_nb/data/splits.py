@@ -64,13 +64,13 @@ def _units(table: pl.DataFrame, pairs: pl.DataFrame) -> np.ndarray: # int (rows,
     a, b, nodes = _edges(table, pairs)
     return np.unique(_components(nodes, a, b)[:len(table)], return_inverse=True)[1]
 
-# %% ../../nbs/data/splits.ipynb #3493069f
+# %% ../../nbs/data/splits.ipynb #dc558f72
 def _targets(counts: np.ndarray, valid: float, test: float, whole: bool = True) -> np.ndarray: # float (3, classes): train, valid, test
     "How many items of each class go where."
     n_test, n_valid = counts * test, counts * valid
     if whole: n_test, n_valid = np.floor(n_test + 0.5), np.floor(n_valid + 0.5)
     if test > 0: n_test = np.maximum(n_test, counts >= 2)
-    if valid > 0: n_valid = np.maximum(n_valid, counts >= 4)
+    if valid > 0: n_valid = np.maximum(n_valid, counts >= (4 if test > 0 else 2))
     n_test = np.minimum(n_test, np.maximum(counts - 1, 0))
     n_valid = np.minimum(n_valid, np.maximum(counts - 1 - n_test, 0))
     return np.stack([counts - n_valid - n_test, n_valid, n_test])

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "encoder": ["Encoder", "FunctionEncoder", "open_encoder"],
     "torch_encoder": ["TorchEncoder"],
     "store": ["EmbeddingStore"],
-    "features": ["clip_preprocessing", "embed", "image_preprocessing"],
+    "features": ["catalog_vectors", "clip_preprocessing", "embed", "image_preprocessing"],
     "search": ["Gallery", "fill_gallery"],
     "learners": ["VisionLearner", "image_learner", "video_learner"],
     "evaluation": ["classification_metrics", "worst_mistakes"],

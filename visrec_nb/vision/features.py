@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'image_preprocessing', 'clip_preprocessing', 'read_photo', 'read_clip_frames', 'read_item', 'encode_item',
-           'Batch', 'stream_features', 'Embedded', 'view_key', 'embed']
+           'Batch', 'stream_features', 'Embedded', 'view_key', 'embed', 'preprocessing_for', 'catalog_vectors']
 
 # %% ../../nbs/vision/features.ipynb #3d9c90ed
 import hashlib, threading
@@ -272,3 +272,29 @@ def _shown(batches: Iterator[list], total: int) -> Iterator[list]:
         for batch in batches:
             yield batch
             bar.update(len(batch))
+
+# %% ../../nbs/vision/features.ipynb #5e25f0c5
+def preprocessing_for(size: int) -> dict[str, dict[str, Any]]:
+    "The plain preprocessing of photos and of clips, for an encoder that wants pictures of this side."
+    return {"image": image_preprocessing(size, ["plain"]), "video": clip_preprocessing(size)}
+
+def catalog_vectors(
+    catalog: pl.DataFrame, # photos and clips
+    encoder: Any = "efficientnet_lite0", # name of a backbone, an .onnx file, or an encoder
+    store: str | Path | None = None, # folder of the embedding store; None: nothing is kept
+    threads: int | None = None, # that decode and embed; None: one a core
+) -> np.ndarray: # float32 (N, D); where there are clips (N, T, D), a photo's vector T times; NaN: could not be read
+    "Plain embeddings in the order of the catalog's rows."
+    encoder, table = open_encoder(encoder), catalog.with_row_index("_row")
+    clips = (catalog["media"] == "video").any()
+    how = preprocessing_for(encoder.size)
+    out = np.full((len(catalog), *([how["video"]["num_segments"]] if clips else []), encoder.dim), np.nan, np.float32)
+    for media in ("image", "video"):
+        part = table.filter(media=media)
+        if part.is_empty(): continue
+        found = embed(part, encoder, how[media], store, threads)
+        for start in range(0, len(found.catalog), 1024):
+            rows = found.catalog["_row"][start:start + 1024].to_numpy()
+            vectors = found.vectors(slice(start, start + 1024))[..., :encoder.dim]
+            out[rows] = vectors if clips else vectors[:, 0]
+    return out

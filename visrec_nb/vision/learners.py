@@ -6,7 +6,7 @@
 __all__ = ['training_part', 'feature_loaders', 'one_thread', 'head_logits', 'fit_head_on', 'VisionLearner',
            'write_classifier_bundle', 'image_learner', 'video_learner', 'still_frame_metrics']
 
-# %% ../../nbs/vision/learners.ipynb #92a377b8
+# %% ../../nbs/vision/learners.ipynb #5f2cddcd
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,10 +34,11 @@ from torch import nn
 from ..core.bundle import new_bundle
 from ..core.errors import BundleError, CatalogError, ParameterError
 from ..core.files import cache_dir
-from ..core.seeds import named_seed, seed_everything
+from ..core.seeds import seed_everything
 from ..core.stats import wilson_interval, with_interval
 from ..data.catalog import catalog_fingerprint, class_labels, class_numbers, read_catalog, with_hashes
 from ..data.remote import local_file
+from ..data.splits import split_catalog
 from ..media.image import load_image
 from .backbones import Backbone, backbone, export_encoder, export_onnx, onnx_backbone, torch_backbone
 from .encoder import onnx_session, run_onnx
@@ -46,7 +47,7 @@ from .features import VIEWS, Embedded, clip_preprocessing, embed, image_preproce
 from .heads import ClipHead, ImageHead
 from .predictor import ClassifierBundle, Evaluation
 
-# %% ../../nbs/vision/learners.ipynb #480ad231
+# %% ../../nbs/vision/learners.ipynb #c0cccde7
 def training_part(
     source: Any, # whatever `read_catalog` takes
     media: str, # image or video
@@ -55,18 +56,14 @@ def training_part(
 ) -> tuple[pl.DataFrame, list[str]]: # the train and valid rows with `sha256`; the labels
     "The labelled train and validation rows of a catalog."
     catalog = read_catalog(source)
+    if "labels" in catalog.columns: raise CatalogError("the catalog has several labels an item; this learner is for one ('label')")
     labels = class_labels(catalog)
     catalog = catalog.filter(pl.col("label").is_not_null())
     if (wrong := catalog.filter(pl.col("media") != media)).height:
         raise CatalogError(f"{wrong['path'][0]}: is a {wrong['media'][0]}, this learner is for {media}s")
-    if "split" not in catalog.columns: catalog = catalog.with_columns(split=pl.lit("train"))
-    catalog = catalog.filter(pl.col("split").is_in(["train", "valid"]))
-    if not (catalog["split"] == "valid").any():
-        order = np.random.default_rng(named_seed(seed, "valid")).permutation(len(catalog))
-        n = pl.len().over("label")
-        aside = pl.int_range(pl.len()).over("label") < pl.max_horizontal((n * valid_fraction).round(), (n > 1).cast(pl.Float64))
-        table = pl.DataFrame({"label": catalog["label"][order], "row": order}).with_columns(aside=aside).sort("row")
-        catalog = catalog.with_columns(split=pl.when(table["aside"]).then(pl.lit("valid")).otherwise(pl.lit("train")))
+    if "split" in catalog.columns: catalog = catalog.filter(pl.col("split").is_in(["train", "valid"]))
+    if "split" not in catalog.columns or not (catalog["split"] == "valid").any():
+        catalog = split_catalog(catalog, valid_fraction, 0, seed=seed, overwrite=True)
         class_labels(catalog)
     return with_hashes(catalog), labels
 

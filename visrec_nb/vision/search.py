@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ITEM_COLUMNS', 'RESULT_SCHEMA', 'Filled', 'fill_gallery', 'Gallery']
 
-# %% ../../nbs/vision/search.ipynb #a97e84b8
+# %% ../../nbs/vision/search.ipynb #dda48a62
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from ..core.files import atomic_file, fingerprint
 from ..data.catalog import media_kind
 from ..data.neighbours import Neighbours
 from .encoder import open_encoder
-from .features import Embedded, clip_preprocessing, embed, encode_item, image_preprocessing, read_item
+from .features import Embedded, embed, encode_item, preprocessing_for, read_item
 from .store import EmbeddingStore
 
-# %% ../../nbs/vision/search.ipynb #7f16794e
+# %% ../../nbs/vision/search.ipynb #da2abb3a
 class Filled(NamedTuple):
     "What became of a catalog."
     items: int # that can be found now
@@ -40,7 +40,7 @@ def fill_gallery(
 ) -> Filled:
     "Embed what the store does not hold yet, and list the items so that they can be found."
     encoder, found = open_encoder(backbone), []
-    for media, how in _preprocessings(encoder.size).items():
+    for media, how in preprocessing_for(encoder.size).items():
         part = catalog.filter(media=media)
         if part.is_empty(): continue
         done = embed(part, backbone if isinstance(backbone, str | Path) else encoder, how, store, threads, dtype)
@@ -49,14 +49,11 @@ def fill_gallery(
     skipped = pl.concat([f.skipped for f in found]) if found else catalog.select("item_id", "path", reason=pl.lit("")).clear()
     return Filled(sum(f.catalog.height for f in found), sum(f.computed for f in found), skipped)
 
-def _preprocessings(size: int) -> dict[str, dict[str, Any]]:
-    return {"image": image_preprocessing(size, ["plain"]), "video": clip_preprocessing(size)}
-
 def _list_items(done: Embedded, source: str) -> None:
     items = done.catalog.select([c for c in ITEM_COLUMNS if c in done.catalog.columns])
     with atomic_file(done.store.folder / "items" / f"{fingerprint(source)[:16]}.parquet") as aside: items.write_parquet(aside)
 
-# %% ../../nbs/vision/search.ipynb #3760d66a
+# %% ../../nbs/vision/search.ipynb #d4779c0b
 RESULT_SCHEMA = {"rank": pl.Int64, "similarity": pl.Float64, "item_id": pl.String, "path": pl.String, "media": pl.String,
                  "label": pl.String, "moment": pl.Float64}
 
@@ -83,7 +80,7 @@ class Gallery:
     ) -> pl.DataFrame: # rank, similarity (cosine, at most 1), item_id, path, media, label, moment (of a clip, 0 begin to 1 end)
         "The items most like a file, the nearest first."
         if k < 1: raise ParameterError(f"k={k}: at least 1 is needed")
-        how = _preprocessings(self.encoder.size)[media_kind(path) or "image"]
+        how = preprocessing_for(self.encoder.size)[media_kind(path) or "image"]
         return self.search_vectors(encode_item(read_item(path, how), self.encoder)[:, :self.encoder.dim], k)
 
     def search_vectors(self,
