@@ -246,8 +246,8 @@ def _left_out(rows: list[dict], seen: list[_Seen], contents: dict[str, dict[Any,
     kept = [(row["item_id"], row["path"], *out[row["item_id"]]) for row in rows if row["item_id"] in out]
     return pl.DataFrame(kept, schema=dict.fromkeys(("item_id", "path", "reason", "message"), pl.String), orient="row")
 
-# %% ../../nbs/data/quality.ipynb #b344bdca
-_PLURAL = {c: f"{c}s" for c in ("exact_duplicate", "near_duplicate", "exact_leak", "near_leak", "group_leak")}
+# %% ../../nbs/data/quality.ipynb #cfda18cb
+_PLURAL = {c: f"{c}s" for c in ("exact_duplicate", "near_duplicate", "exact_leak", "near_leak", "group_leak", "label_issue", "outlier")}
 _PLURAL["missing_class"] = "missing_classes"
 CHECKS = ("missing", "wrong_extension", "animated", "tiny", "odd_aspect", "blank", "dark", "light", "blurred", "group_imbalance", *_PLURAL)
 
@@ -267,7 +267,7 @@ def _facts(catalog: pl.DataFrame, findings: pl.DataFrame, kept: pl.DataFrame) ->
             "imbalance_ratio": max(sizes) / min(sizes) if sizes else None,
             "kept": len(kept), "left_out": len(catalog) - len(kept), **severities}
 
-# %% ../../nbs/data/quality.ipynb #05adad0a
+# %% ../../nbs/data/quality.ipynb #9e88e0e9
 FINDING_COLUMNS = {"severity": pl.String, "check": pl.String, "item_id": pl.String, "path": pl.String, "other_item_id": pl.String,
                    "value": pl.Float64, "message": pl.String}
 
@@ -279,8 +279,19 @@ class Check:
     left_out: pl.DataFrame # item_id, path, reason (missing, unreadable, exact_duplicate, exact_leak, near_leak), message
     pairs: pl.DataFrame # every pair of copies: kind (exact, near), leak, item_id, media ..., other_item_id ..., similarity, mirrored
     facts: dict[str, int | float | None] # counts, flat, for metrics.json
+    labels: pl.DataFrame | None = None # with embeddings: `label_issues` of the whole catalog, the least believed first
+    outliers: pl.DataFrame | None = None # with embeddings: `outliers` of the whole catalog, the strangest first
 
-def _findings(rows: list[dict], seen: list[_Seen], full: pl.DataFrame, pairs: pl.DataFrame, complete: bool) -> pl.DataFrame:
+def _by_embeddings(catalog: pl.DataFrame, vectors: np.ndarray | None, pairs: pl.DataFrame,
+                   seed: int) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
+    from visrec_nb.data.labels import label_issues, outliers
+    if vectors is None: return None, None
+    labelled = bool({"label", "labels"} & set(catalog.columns))
+    return label_issues(catalog, vectors, seed=seed, together=pairs) if labelled else None, outliers(catalog, vectors, seed=seed)
+
+def _findings(rows: list[dict], seen: list[_Seen], full: pl.DataFrame, pairs: pl.DataFrame, complete: bool,
+              labels: pl.DataFrame | None, strangers: pl.DataFrame | None) -> pl.DataFrame:
+    from visrec_nb.data.labels import label_findings
     found: list[_Finding] = []
     issues = _issues(seen)
     for k, (row, s) in enumerate(zip(rows, seen, strict=True)):
@@ -290,6 +301,7 @@ def _findings(rows: list[dict], seen: list[_Seen], full: pl.DataFrame, pairs: pl
                                    f"more than {MAX_CANDIDATES:,} pairs look alike; the search for near duplicates was stopped there"))
     if full["labels" if "labels" in full.columns else "label"].null_count() < len(full): found += _class_findings(full)
     found += _group_findings(full)
+    found += label_findings(labels, strangers).rows()
     table = pl.DataFrame(found, schema=FINDING_COLUMNS, orient="row")
     return table.sort(pl.col("severity").replace_strict({"error": 0, "warning": 1, "info": 2}), maintain_order=True)
 
@@ -298,8 +310,9 @@ def check_catalog(
     near: float | None = NEAR, # near duplicates are at least so similar (edges and tones), 0 to 1; None: exact copies only
     vectors: np.ndarray | None = None, # embeddings of the rows, float (N, D), or (N, T, D) of T frames; NaN where there is none
     threads: int = 2, # files read at a time
+    seed: int = 0, # with embeddings: of the folds that labels are judged by
 ) -> Check:
-    "Look at every file of a catalog once: what cannot be used, what occurs twice, what leaks between the parts."
+    "Look at every file of a catalog once: what cannot be used, what occurs twice, what leaks, and whose label is doubtful."
     catalog = read_catalog(catalog)
     if near is not None and not 0 < near <= 1: raise ParameterError(f"near={near}: between 0 and 1, or None for exact copies only")
     if threads < 1: raise ParameterError(f"threads={threads}: at least 1 is needed")
@@ -313,10 +326,11 @@ def check_catalog(
     contents = _contents(rows, seen)
     alike, complete = _near_pairs(rows, seen, contents, near, vectors, threads) if near is not None else ([], True)
     pairs = pl.DataFrame([*_exact_pairs(rows, contents), *alike], schema=PAIR_COLUMNS, orient="row")
-    findings = _findings(rows, seen, full, pairs, complete)
+    labels, strangers = _by_embeddings(catalog, vectors, pairs, seed)
+    findings = _findings(rows, seen, full, pairs, complete, labels, strangers)
     left_out = _left_out(rows, seen, contents, pairs)
     kept = catalog.filter(~pl.col("item_id").is_in(left_out["item_id"].implode()))
-    return Check(findings, kept, left_out, pairs, _facts(full, findings, kept))
+    return Check(findings, kept, left_out, pairs, _facts(full, findings, kept), labels, strangers)
 
 # %% ../../nbs/data/quality.ipynb #87420db6
 def duplicate_pairs(

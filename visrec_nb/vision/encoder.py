@@ -41,14 +41,14 @@ def run_onnx(
     "Run a session on named arrays."
     return session.run(None, inputs)[0]
 
-# %% ../../nbs/vision/encoder.ipynb #2bcd4ee9
+# %% ../../nbs/vision/encoder.ipynb #5f604da2
 class Encoder:
     "An ONNX graph that turns uint8 pixels (N, size, size, 3) into float32 embeddings (N, dim), on a CPU."
     batch_size = 8
     def __init__(self,
         path: str | Path, # the .onnx file
     ):
-        self.name, self.session = Path(path).name, onnx_session(path)
+        self.name, self.session = str(Path(path).resolve()), onnx_session(path)
         put, got = self.session.get_inputs(), self.session.get_outputs()
         shape, dim = put[0].shape, got[0].shape[-1]
         square = len(put) == 1 and put[0].type == "tensor(uint8)" and len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
@@ -100,7 +100,7 @@ class FunctionEncoder:
         _check_pixels(pixels, self.size)
         return self._call(pixels) if len(pixels) else np.empty((0, self.dim), np.float32)
 
-# %% ../../nbs/vision/encoder.ipynb #2f0ca919
+# %% ../../nbs/vision/encoder.ipynb #0b7df7cd
 def open_encoder(
     what: Any, # name of a backbone, an .onnx file, or an encoder
     device: str | None = None, # cpu or cuda; None: a GPU where torch sees one, for named backbones
@@ -114,4 +114,6 @@ def open_encoder(
         from visrec_nb.vision.torch_encoder import torch_encoder
         found = torch_encoder(str(what), device)
         if device or found.device == "cuda": return found
-    return Encoder(onnx_backbone(str(what)))
+    encoder = Encoder(onnx_backbone(str(what)))
+    encoder.name = str(what)
+    return encoder

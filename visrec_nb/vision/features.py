@@ -177,7 +177,7 @@ def view_key(
     "Under which key the store keeps it: the content's own, and for further views one made from it."
     return content if name in ("plain", "clip") else hashlib.sha256(f"{content}/{name}".encode()).hexdigest()
 
-# %% ../../nbs/vision/features.ipynb #85d5c36e
+# %% ../../nbs/vision/features.ipynb #1ec406e1
 class _Outcome(NamedTuple):
     content: str | None # SHA-256
     reason: str | None # why it could not be read
@@ -237,12 +237,11 @@ def embed(
     dtype: str = "float32", # of new vectors in the store: float32 or float16
 ) -> Embedded:
     "The features of every readable item of a catalog, from the store or computed now."
-    name = str(encoder) if isinstance(encoder, str | Path) else encoder.name
     encoder = open_encoder(encoder)
     names = ["clip"] if preprocessing["media"] == "video" else list(preprocessing["views"])
     how = {k: v for k, v in preprocessing.items() if k != "views"}
     memory = EmbeddingStore(Path(store) / fingerprint([encoder.id, how, dtype])[:16] if store is not None else None, dtype,
-                            {"encoder": encoder.id, "name": name, "dim": encoder.dim, "preprocessing": how})
+                            {"encoder": encoder.id, "name": encoder.name, "dim": encoder.dim, "preprocessing": how})
     worker = _Worker(encoder, preprocessing, names, memory, set(), threading.Lock())
     work = _in_order(worker, _path_rows(catalog), _few(preprocessing, encoder), threads or cores())
     try:

@@ -21,7 +21,7 @@ from .encoder import open_encoder
 from .features import Embedded, embed, encode_item, preprocessing_for, read_item
 from .store import EmbeddingStore
 
-# %% ../../nbs/vision/search.ipynb #da2abb3a
+# %% ../../nbs/vision/search.ipynb #50b2f622
 class Filled(NamedTuple):
     "What became of a catalog."
     items: int # that can be found now
@@ -43,7 +43,7 @@ def fill_gallery(
     for media, how in preprocessing_for(encoder.size).items():
         part = catalog.filter(media=media)
         if part.is_empty(): continue
-        done = embed(part, backbone if isinstance(backbone, str | Path) else encoder, how, store, threads, dtype)
+        done = embed(part, encoder, how, store, threads, dtype)
         found.append(done)
         _list_items(done, source)
     skipped = pl.concat([f.skipped for f in found]) if found else catalog.select("item_id", "path", reason=pl.lit("")).clear()

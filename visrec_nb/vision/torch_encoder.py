@@ -15,7 +15,7 @@ from ..core.files import fingerprint
 from .backbones import backbone, backbone_id, from_pixels, torch_backbone
 from .encoder import _check_pixels
 
-# %% ../../nbs/vision/torch_encoder.ipynb #77d7dd89
+# %% ../../nbs/vision/torch_encoder.ipynb #dc9715ec
 class TorchEncoder:
     "A torch network as an encoder: uint8 pixels (N, size, size, 3) to float32 embeddings (N, dim)."
     batch_size = 64
@@ -54,4 +54,6 @@ def torch_encoder(
 ) -> TorchEncoder:
     "A pretrained backbone in torch."
     row = backbone(name)
-    return TorchEncoder(from_pixels(torch_backbone(row), row), row.size, row.dim, backbone_id(row), device, precision)
+    encoder = TorchEncoder(from_pixels(torch_backbone(row), row), row.size, row.dim, backbone_id(row), device, precision)
+    encoder.name = name
+    return encoder
