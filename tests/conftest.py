@@ -26,6 +26,16 @@ def requirements(facts):
 
 
 @pytest.fixture(scope="session")
+def clothing_vectors():
+    "The clothing photos' catalog and their embeddings, float32 (1513, 1280): computed once, then from the cache."
+    from visrec_nb.core.files import cache_dir
+    from visrec_nb.data.samples import clothing
+    from visrec_nb.vision.features import catalog_vectors
+
+    return clothing(), catalog_vectors(clothing(), store=cache_dir("embeddings"))
+
+
+@pytest.fixture(scope="session")
 def browser():
     "Headless Chromium, driven by Playwright. None on this machine: the test is skipped, and fails under CI."
     path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)

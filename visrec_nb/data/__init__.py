@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "drift": ["check_drift", "drift_findings", "most_typical", "plot_newness"],
     "interactions": ["check_interactions", "hold_out_users", "merge_duplicates", "plot_popularity", "popularity_curve", "popularity_facts",
                      "read_interactions", "split_interactions", "without_bots"],
-    "labels": ["label_findings", "label_issues", "outliers", "plot_suspects"],
+    "labels": ["label_findings", "label_issues", "outliers", "plot_suspects", "suspect_facts"],
     "neighbours": ["Neighbours", "near_pairs"],
     "prepare": ["Prepared", "class_weights", "extract_frames", "prepare_again", "prepare_images", "sample_weights"],
     "public": ["fetch", "read_hmdb51", "read_imagenette", "read_kinetics", "read_movielens", "read_oxford_pets", "read_ucf101", "unpack"],

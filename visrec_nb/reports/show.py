@@ -37,7 +37,7 @@ def figure(
     text = html.escape(caption)
     return HTML(f'<figure class="chart"><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>')
 
-# %% ../../nbs/reports/show.ipynb #82ba9f2d
+# %% ../../nbs/reports/show.ipynb #e0489c55
 def thumbnail(
     pixels: "np.ndarray", # uint8 (H, W, 3)
     side: int = 192, # of the longer side, at most
@@ -73,11 +73,13 @@ def strips(
     return HTML(f'<div class="strips">{rows}</div>')
 
 def photo_or_blank(path: str | Path, size: int | None = None) -> "np.ndarray":
-    "The photo, or a grey square where it cannot be read."
+    "The photo, a frame from the middle of the clip, or a grey square where it cannot be read."
     import numpy as np
     from visrec_nb.core.errors import MediaError
+    from visrec_nb.data.rules import media_kind
     from visrec_nb.media.image import load_image
-    try: return load_image(path, size)
+    from visrec_nb.media.video import read_clip
+    try: return read_clip(path, 1, size=size).frames[0] if media_kind(path) == "video" else load_image(path, size)
     except MediaError: return np.full((96, 96, 3), 200, np.uint8)
 
 # %% ../../nbs/reports/show.ipynb #b97738bc

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['count', 'classifier_conclusion', 'calibration_conclusion', 'motion_conclusion', 'comparison_sentence',
-           'data_conclusion', 'recommender_conclusion', 'next_steps']
+           'data_conclusion', 'suspects_conclusion', 'drift_conclusion', 'log_conclusion', 'recommender_conclusion',
+           'next_steps']
 
-# %% ../../nbs/reports/words.ipynb #9703220e
+# %% ../../nbs/reports/words.ipynb #81de9150
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.stats import percent, sure
+
+if TYPE_CHECKING: import polars as pl
 
 # %% ../../nbs/reports/words.ipynb #f744b0fd
 def count(n: int, thing: str) -> str:
@@ -86,6 +89,49 @@ def data_conclusion(
     start = f"{count(facts['items'], thing).capitalize()} were checked."
     if not problems: return f"{start} All could be read, and none of the test {thing}s was found among the training {thing}s."
     return f"{start} " + "; ".join(problems)[:1].upper() + "; ".join(problems)[1:] + "."
+
+# %% ../../nbs/reports/words.ipynb #08152bb3
+def suspects_conclusion(
+    facts: Mapping[str, Any], # from `suspect_facts`
+    thing: str = "photo", # photo, clip
+) -> str: # one or two sentences
+    "How many labels look wrong, and how many items are unlike all others."
+    n, sure_of, strange = facts["label_issues"], facts["sure_label_issues"], facts["outliers"]
+    texts = []
+    if n:
+        share = percent(n / facts["labels_judged"])
+        sure_text = f"of {sure_of:,} it is nearly sure" if sure_of else "of none it is nearly sure"
+        texts.append(f"**{count(n, 'label')}** of {facts['labels_judged']:,} ({share}) {'do' if n > 1 else 'does'} not fit the {thing} in "
+                     f"the eyes of a model that had not seen it ({sure_text}): look at these first.")
+    elif facts["labels_judged"]: texts.append("No label looks wrong.")
+    if strange: texts.append(f"{count(strange, thing).capitalize()} {'are' if strange > 1 else 'is'} unlike the rest.")
+    return " ".join(texts)
+
+def _listed(names: list[str]) -> str: return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+def drift_conclusion(
+    table: "pl.DataFrame", # from `check_drift`
+) -> str: # one or two sentences
+    "In what the new catalog differs from the reference."
+    if table.is_empty(): return "There was too little to compare with the reference."
+    large, small = (table.filter(drift=size)["column"].unique(maintain_order=True).to_list() for size in ("large", "small"))
+    start = "Compared with the reference"
+    if not large and not small: return f"{start}, nothing differs by more than chance and by enough to matter."
+    if not large: return f"{start}, there is a small difference in {_listed(small)}."
+    text = f"{start}, there is a large difference in **{_listed(large)}**: a model that was tested there should be tested again here."
+    return f"{text} A small one in {_listed(small)}." if small else text
+
+def log_conclusion(
+    findings: "pl.DataFrame", # from `check_interactions`
+    facts: Mapping[str, Any], # from `popularity_facts`
+) -> str: # two or three sentences
+    "What the checks of an interaction log say."
+    bots = findings.filter(check="bot").height
+    odd = findings.filter(severity="warning").height - bots
+    text = (f"The log holds {count(facts['events'], 'event')} of {count(facts['users'], 'user')} with {count(facts['items'], 'item')}; "
+            f"the most used {percent(.1)} of the items hold {percent(facts['top_10_percent'])} of the events.")
+    text += f" **{count(bots, 'user').capitalize()}** behave{'s' * (bots == 1)} like a bot." if bots else " Nobody behaves like a bot."
+    return f"{text} {count(odd, 'other finding').capitalize()} deserve{'s' * (odd == 1)} a look." if odd else text
 
 # %% ../../nbs/reports/words.ipynb #cc2dc257
 def recommender_conclusion(
