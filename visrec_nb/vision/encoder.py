@@ -41,21 +41,21 @@ def run_onnx(
     "Run a session on named arrays."
     return session.run(None, inputs)[0]
 
-# %% ../../nbs/vision/encoder.ipynb #5f604da2
+# %% ../../nbs/vision/encoder.ipynb #e3102129
 class Encoder:
     "An ONNX graph that turns uint8 pixels (N, size, size, 3) into float32 embeddings (N, dim), on a CPU."
-    batch_size = 8
+    batch_size = 4
     def __init__(self,
         path: str | Path, # the .onnx file
     ):
-        self.name, self.session = str(Path(path).resolve()), onnx_session(path)
+        self.session = onnx_session(path)
         put, got = self.session.get_inputs(), self.session.get_outputs()
         shape, dim = put[0].shape, got[0].shape[-1]
         square = len(put) == 1 and put[0].type == "tensor(uint8)" and len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
         if not square or not isinstance(dim, int):
             raise BundleError(f"{path}: an encoder takes one uint8 input (N, size, size, 3) and gives (N, dim); "
                               f"this takes {put[0].type} {shape}")
-        self.size, self.dim = int(shape[1]), dim
+        self.name, self.size, self.dim = str(Path(path).resolve()), int(shape[1]), dim
         self.id = self.session.get_modelmeta().custom_metadata_map.get("visrec_id") or sha256_file(path)
 
     def __call__(self,

@@ -88,7 +88,7 @@ def encode_item(
     "Embed a decoded item and put its motion beside it."
     return np.concatenate([encoder(item[0]), item[1]], axis=1)
 
-# %% ../../nbs/vision/features.ipynb #b13017a5
+# %% ../../nbs/vision/features.ipynb #b892553d
 def _in_order(
     work: Callable[[list], Any], # what to do with a few items
     items: Iterable[Any], # any number
@@ -122,7 +122,7 @@ def stream_features(
     paths: Iterable[str | Path], # photos or clips
     preprocessing: Mapping[str, Any], # how they are read
     encoder: Any, # pixels to embeddings, from `open_encoder`
-    threads: int | None = None, # that decode and embed; None: one a core
+    threads: int | None = None, # that decode and embed; None: two a core
 ) -> Iterator[Batch]: # in the order of `paths`
     "Decode and embed files, a few at a time."
     def work(some: list[tuple[int, str | Path]]) -> Batch:
@@ -133,7 +133,7 @@ def stream_features(
         if not items: return Batch([], np.zeros((0, 0, 0), np.float32), errors)
         vectors = encoder(np.concatenate([pixels for pixels, _ in items.values()])).reshape(len(items), -1, encoder.dim)
         return Batch([*items], np.concatenate([vectors, np.stack([motion for _, motion in items.values()])], axis=2), errors)
-    with closing(_in_order(work, enumerate(paths), _few(preprocessing, encoder), threads or cores())) as batches: yield from batches
+    with closing(_in_order(work, enumerate(paths), _few(preprocessing, encoder), threads or 2 * cores())) as batches: yield from batches
 
 # %% ../../nbs/vision/features.ipynb #122b30d5
 @dataclass
@@ -177,7 +177,7 @@ def view_key(
     "Under which key the store keeps it: the content's own, and for further views one made from it."
     return content if name in ("plain", "clip") else hashlib.sha256(f"{content}/{name}".encode()).hexdigest()
 
-# %% ../../nbs/vision/features.ipynb #1ec406e1
+# %% ../../nbs/vision/features.ipynb #f17dc4e5
 class _Outcome(NamedTuple):
     content: str | None # SHA-256
     reason: str | None # why it could not be read
@@ -233,7 +233,7 @@ def embed(
     encoder: Any, # name of a backbone, an .onnx file, or an encoder: see `open_encoder`
     preprocessing: Mapping[str, Any], # from `image_preprocessing` or `clip_preprocessing`
     store: str | Path | None = None, # folder of the embedding store; None: nothing is kept
-    threads: int | None = None, # that decode and embed; None: one a core
+    threads: int | None = None, # that decode and embed; None: two a core
     dtype: str = "float32", # of new vectors in the store: float32 or float16
 ) -> Embedded:
     "The features of every readable item of a catalog, from the store or computed now."
@@ -243,7 +243,7 @@ def embed(
     memory = EmbeddingStore(Path(store) / fingerprint([encoder.id, how, dtype])[:16] if store is not None else None, dtype,
                             {"encoder": encoder.id, "name": encoder.name, "dim": encoder.dim, "preprocessing": how})
     worker = _Worker(encoder, preprocessing, names, memory, set(), threading.Lock())
-    work = _in_order(worker, _path_rows(catalog), _few(preprocessing, encoder), threads or cores())
+    work = _in_order(worker, _path_rows(catalog), _few(preprocessing, encoder), threads or 2 * cores())
     try:
         with closing(work): done = [result for results in _shown(work, len(catalog)) for result in results]
     finally: memory.close()
@@ -272,7 +272,7 @@ def _shown(batches: Iterator[list], total: int) -> Iterator[list]:
             yield batch
             bar.update(len(batch))
 
-# %% ../../nbs/vision/features.ipynb #5e25f0c5
+# %% ../../nbs/vision/features.ipynb #97502a57
 def preprocessing_for(size: int) -> dict[str, dict[str, Any]]:
     "The plain preprocessing of photos and of clips, for an encoder that wants pictures of this side."
     return {"image": image_preprocessing(size, ["plain"]), "video": clip_preprocessing(size)}
@@ -281,7 +281,7 @@ def catalog_vectors(
     catalog: pl.DataFrame, # photos and clips
     encoder: Any = "efficientnet_lite0", # name of a backbone, an .onnx file, or an encoder
     store: str | Path | None = None, # folder of the embedding store; None: nothing is kept
-    threads: int | None = None, # that decode and embed; None: one a core
+    threads: int | None = None, # that decode and embed; None: two a core
 ) -> np.ndarray: # float32 (N, D); where there are clips (N, T, D), a photo's vector T times; NaN: could not be read
     "Plain embeddings in the order of the catalog's rows."
     encoder, table = open_encoder(encoder), catalog.with_row_index("_row")

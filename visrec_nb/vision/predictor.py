@@ -21,12 +21,12 @@ from .encoder import Encoder, onnx_session, run_onnx
 from .evaluation import classification_metrics, softmax
 from .features import Embedded, embed, stream_features
 
-# %% ../../nbs/vision/predictor.ipynb #a3b0585b
+# %% ../../nbs/vision/predictor.ipynb #ae128e7a
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
         path: str | Path, # the bundle's folder
-        threads: int | None = None, # that decode and embed; None: one a core
+        threads: int | None = None, # that decode and embed; None: two a core
     ):
         self.path, self.threads = Path(path), threads
         self.manifest = verify_bundle(path)

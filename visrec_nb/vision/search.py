@@ -21,7 +21,7 @@ from .encoder import open_encoder
 from .features import Embedded, embed, encode_item, preprocessing_for, read_item
 from .store import EmbeddingStore
 
-# %% ../../nbs/vision/search.ipynb #50b2f622
+# %% ../../nbs/vision/search.ipynb #ca8194c0
 class Filled(NamedTuple):
     "What became of a catalog."
     items: int # that can be found now
@@ -35,7 +35,7 @@ def fill_gallery(
     store: str | Path, # folder of the embedding store
     backbone: Any = "efficientnet_lite0", # name of a backbone, an .onnx file, or an encoder
     source: str = "catalog", # where these items come from
-    threads: int | None = None, # that decode and embed; None: one a core
+    threads: int | None = None, # that decode and embed; None: two a core
     dtype: str = "float32", # of new vectors: float32 or float16
 ) -> Filled:
     "Embed what the store does not hold yet, and list the items so that they can be found."
