@@ -169,7 +169,7 @@ def test_predict_and_recommend_tables(demo, cache, tmp_path):
 
 @pytest.mark.parametrize("make, words", [
     (lambda d: (d / "hat").mkdir(), "the class 'hat' is empty"),
-    (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "no class folders"),
+    (lambda d: [shutil.rmtree(p) for p in d.iterdir()], "holds no photos or videos"),
 ])
 def test_bad_folders(tmp_path, cache, make, words):
     folder = tmp_path / "photos"
