@@ -86,11 +86,11 @@ def test_memory_of_a_large_store_is_mapped_not_read(tmp_path):
             for i in range(0, 60_000, 2000): store.put(keys[i:i + 2000], np.full((2000, 1280), i, np.float32))
             store.close()
         else:
-            import resource
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            from visrec_nb.media.isolated import _peak
+            before = _peak()
             store = EmbeddingStore({str(tmp_path / "s")!r})
             assert len(store) == 60_000 and (store.get(keys[59_990:]) == 58_000).all()
-            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+            print((_peak() - before) / 2**20)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     for _ in range(2): out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -52,6 +52,9 @@ def _write_table(frame: "pl.DataFrame", out: Path | None) -> None:
 
 def _note(text: str) -> None: typer.echo(text, err=True)
 
+def _tell_skipped(skipped: "pl.DataFrame", most: int = 10) -> None:
+    for row in skipped.head(most).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+
 # %% ../nbs/cli.ipynb #67e0e9a9
 @app.command()
 def demo(
@@ -230,7 +233,7 @@ def data_prepare(
     if not again and clips.height: done.append(extract_frames(clips, cache, frames, fps, size, fit, picture_format, quality))
     write_catalog(pl.concat([d.catalog for d in done], how="diagonal"), out)
     skipped = pl.concat([d.skipped for d in done])
-    for row in skipped.head(10).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+    _tell_skipped(skipped)
     facts = {"pictures": sum(d.catalog.height for d in done), "made": sum(d.made for d in done), "reused": sum(d.reused for d in done),
              "skipped": skipped.height}
     if as_json: _print_json(facts)
@@ -250,7 +253,7 @@ def embed_command(
     from visrec_nb.vision.search import fill_gallery
     where = source if "://" in source else str(Path(source).resolve())
     filled = fill_gallery(read_catalog(source), store, backbone, where, dtype=dtype)
-    for row in filled.skipped.head(10).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+    _tell_skipped(filled.skipped)
     facts = {"items": filled.items, "computed": filled.computed, "skipped": filled.skipped.height}
     if as_json: _print_json(facts)
     else: typer.echo(f"{filled.items} items in {store}, {filled.computed} computed now, {filled.skipped.height} could not be read")
@@ -277,7 +280,7 @@ def _train_vision(media: str, source: str, out: Path, arch: str, epochs: int, he
     from visrec_nb.vision.learners import image_learner, video_learner
     catalog = read_catalog(source)
     learn = (image_learner if media == "image" else video_learner)(catalog, arch, seed=seed)
-    for row in learn.skipped.head(10).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+    _tell_skipped(learn.skipped)
     if learn.skipped.height: _note(f"{learn.skipped.height} files could not be read and were left out")
     learn.fit_head()
     if not head_only:
@@ -393,7 +396,7 @@ def evaluate(
         part = "test" if "split" in catalog.columns and (catalog["split"] == "test").any() else None
         found = open_classifier(bundle).evaluate(catalog, part, cache_dir("embeddings"))
         metrics = found.metrics
-        for row in found.skipped.head(10).to_dicts(): _note(f"left out: {row['path']}: {row['reason']}")
+        _tell_skipped(found.skipped)
     if as_json: _print_json(metrics)
     else:
         for key, value in metrics.items():

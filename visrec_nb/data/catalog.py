@@ -9,9 +9,7 @@ __all__ = ['ENDINGS', 'catalog_from_folder', 'validate_catalog', 'scan_catalog',
 # %% ../../nbs/data/catalog.ipynb #cb2e42ad
 import csv, json, os, tempfile, warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ import polars as pl
 
 from ..core.errors import CatalogError, DataWarning, MediaError
 from ..core.files import atomic_file, fingerprint, sha256_file
-from ..core.progress import track
+from ..core.progress import in_order, track
 from .remote import is_remote, local_file, open_store, remote_names, upload
 from .rules import KNOWN, NONE, PARTS, SPLITS, CatalogFacts, _kind, as_catalog, check_rows, in_form, media_kind
 
@@ -243,15 +241,11 @@ def _digest(path: str) -> str | None:
         return sha256_file(file) if file.is_file() else None
     except (OSError, MediaError): return None
 
-def _digests(paths: Iterator[str]) -> Iterator[str | None]:
-    with ThreadPoolExecutor(4) as pool:
-        while block := list(islice(paths, 1000)): yield from pool.map(_digest, block)
-
 def with_hashes(
     catalog: pl.DataFrame, # a catalog, of files here or in a store
 ) -> pl.DataFrame: # the same with `sha256`, null where the file cannot be read
     "Add the SHA-256 of each file's bytes."
-    found = pl.Series("sha256", track(_digests(iter(catalog["path"])), "hashing files", len(catalog)), pl.String)
+    found = pl.Series("sha256", track(in_order(_digest, catalog["path"], 4), "hashing files", len(catalog)), pl.String)
     if lost := found.is_null().arg_true().to_list():
         warnings.warn(f"{len(lost)} of {len(found)} files cannot be read and have no sha256, the first: {catalog['path'][lost[0]]}",
                       DataWarning, stacklevel=2)

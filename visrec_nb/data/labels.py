@@ -17,7 +17,6 @@ import polars as pl
 from ..core.errors import ParameterError, require
 from ..core.seeds import rng
 from .catalog import read_catalog
-from .rules import media_kind
 from .splits import fold_catalog
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -266,9 +265,8 @@ def suspect_facts(
 # %% ../../nbs/data/labels.ipynb #72cae437
 def _picture(path: str, side: int) -> np.ndarray:
     from visrec_nb.core.errors import MediaError
-    from visrec_nb.media.image import load_image
-    from visrec_nb.media.video import read_clip
-    try: return read_clip(path, 1, size=side).frames[0] if media_kind(path) == "video" else load_image(path, side)
+    from visrec_nb.data.quality import picture_of
+    try: return picture_of(path, side)
     except (MediaError, OSError): return np.full((side, side, 3), 200, np.uint8)
 
 def plot_suspects(

@@ -8,11 +8,9 @@ __all__ = ['ENDINGS', 'STRETCH_BYTES', 'Prepared', 'prepare_images', 'extract_fr
 
 # %% ../../nbs/data/prepare.ipynb #2b78a86e
 import hashlib, io, json, os, shutil
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from PIL import Image
 
 from ..core.errors import CatalogError, MediaError, ParameterError
 from ..core.files import _aside, fingerprint, read_json, sha256_file, to_json, write_json
-from ..core.progress import track
+from ..core.progress import in_order, track
 from .catalog import read_catalog
 from .remote import local_file
 from ..media.image import FORMATS, MAX_BYTES, _orientation, decode_image, read_bytes
@@ -106,15 +104,7 @@ def _workshop(folder: str | Path, recipe: dict[str, Any]) -> Iterator[tuple[Path
     try: yield home, aside
     finally: shutil.rmtree(aside, ignore_errors=True)
 
-def _in_order(jobs: Iterator[Future], ahead: int) -> Generator[Any, None, None]:
-    "Results in order, with so many jobs running ahead of the one that is waited for."
-    waiting = list(islice(jobs, ahead))
-    try:
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += islice(jobs, 1)
-    finally:
-        for job in waiting: job.cancel()
+
 
 # %% ../../nbs/data/prepare.ipynb #a3ebab92
 @dataclass
@@ -141,9 +131,8 @@ def _run(
         try: return work(row)
         except MediaError as e: return e.reason
     if threads < 1: raise ParameterError(f"threads={threads}: at least 1")
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = (pool.submit(attempt, row) for row in catalog.select("item_id", "path", "media").iter_rows(named=True))
-        with closing(_in_order(jobs, 4 * threads)) as results: found = list(track(results, what, len(catalog)))
+    rows = catalog.select("item_id", "path", "media").iter_rows(named=True)
+    with closing(in_order(attempt, rows, threads)) as results: found = list(track(results, what, len(catalog)))
     bad = [(item, path, done) for item, path, done in zip(catalog["item_id"], catalog["path"], found, strict=True) if isinstance(done, str)]
     skipped = pl.DataFrame(bad, schema={"item_id": pl.String, "path": pl.String, "reason": pl.String}, orient="row")
     return [None if isinstance(done, str) else done for done in found], skipped

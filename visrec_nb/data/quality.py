@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLURRED', 'FRAMES', 'TINY', 'PAIR_COLUMNS', 'FEW', 'IMBALANCE', 'LARGE_GROUP', 'CHECKS', 'FINDING_COLUMNS', 'COLOURS',
-           'Check', 'check_catalog', 'duplicate_pairs', 'plot_classes', 'plot_pairs']
+           'Check', 'check_catalog', 'duplicate_pairs', 'plot_classes', 'picture_of', 'plot_pairs']
 
 # %% ../../nbs/data/quality.ipynb #32bc878b
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +19,12 @@ import polars as pl
 
 from ..core.errors import CatalogError, MediaError, ParameterError, require
 from ..core.files import sha256_file
-from ..core.progress import track
+from ..core.progress import in_order, track
 from .catalog import _each_label, read_catalog
 from .duplicates import BLANK, MAX_CANDIDATES, NEAR, SIDE, Pictures, near_duplicates, small_pictures
 from .remote import is_remote, local_file
-from ..media.image import MAX_BYTES, decode_image, image_facts, read_bytes
+from .rules import media_kind
+from ..media.image import MAX_BYTES, decode_image, image_facts, load_image, read_bytes
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
@@ -94,11 +95,8 @@ def _look(row: dict[str, Any], measures: Any) -> _Seen:
 
 def _look_at_all(rows: list[dict[str, Any]], threads: int) -> list[_Seen]:
     measures = _issue_manager().image_properties
-    seen: list[_Seen] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for start in track(range(0, len(rows), 64), "looking at files (64 a step)"):
-            seen += pool.map(lambda row: _look(row, measures), rows[start:start + 64])
-    return seen
+    with closing(in_order(lambda row: _look(row, measures), rows, threads)) as found:
+        return list(track(found, "looking at files", len(rows)))
 
 # %% ../../nbs/data/quality.ipynb #4360ac42
 TINY = 32
@@ -377,12 +375,14 @@ def plot_classes(
     return figure
 
 # %% ../../nbs/data/quality.ipynb #cdf8fb5c
-def _thumbnail(path: str, side: int) -> np.ndarray:
-    from visrec_nb.data.rules import media_kind
+def picture_of(
+    path: str | Path, # a photo or clip, here or in an object store
+    size: int | None = None, # side of the square; None: as it is
+) -> np.ndarray: # uint8 (H, W, 3)
+    "The photo, or a frame from the middle of the clip; a `MediaError` where it cannot be read."
     from visrec_nb.media.video import read_clip
-    path = str(local_file(path))
-    if media_kind(path) == "video": return read_clip(path, 1, size=side).frames[0]
-    return decode_image(read_bytes(path, MAX_BYTES), side, name=path)
+    file = local_file(path)
+    return read_clip(file, 1, size=size).frames[0] if media_kind(path) == "video" else load_image(file, size)
 
 def plot_pairs(
     pairs: pl.DataFrame, # from `duplicate_pairs`
@@ -398,7 +398,7 @@ def plot_pairs(
     grid = figure.subplots(len(shown), 2, squeeze=False)
     for axes, pair in zip(grid, shown.iter_rows(named=True), strict=True):
         for ax, before in zip(axes, ("", "other_"), strict=True):
-            ax.imshow(_thumbnail(pair[f"{before}path"], side))
+            ax.imshow(picture_of(pair[f"{before}path"], side))
             ax.set_title(", ".join(str(pair[f"{before}{c}"]) for c in ("label", "split") if pair[f"{before}{c}"] is not None), fontsize=9)
             ax.axis("off")
     return figure

@@ -76,10 +76,8 @@ def photo_or_blank(path: str | Path, size: int | None = None) -> "np.ndarray":
     "The photo, a frame from the middle of the clip, or a grey square where it cannot be read."
     import numpy as np
     from visrec_nb.core.errors import MediaError
-    from visrec_nb.data.rules import media_kind
-    from visrec_nb.media.image import load_image
-    from visrec_nb.media.video import read_clip
-    try: return read_clip(path, 1, size=size).frames[0] if media_kind(path) == "video" else load_image(path, size)
+    from visrec_nb.data.quality import picture_of
+    try: return picture_of(path, size)
     except MediaError: return np.full((96, 96, 3), 200, np.uint8)
 
 # %% ../../nbs/reports/show.ipynb #b97738bc

@@ -24,11 +24,10 @@ def cores() -> int:
 
 def onnx_session(
     path: str | Path, # an .onnx file
-    threads: int = 1, # for one operator
 ) -> ort.InferenceSession:
-    "Open an ONNX file on the CPU; threads that wait sleep."
+    "Open an ONNX file on the CPU; an operator runs on the thread that calls it."
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try: return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

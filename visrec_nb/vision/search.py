@@ -96,14 +96,14 @@ class Gallery:
         met = np.flatnonzero(np.isfinite(best).any(0))
         score = np.where(np.isfinite(best[:, met]), best[:, met], floor[:, None]).mean(0)
         order = np.lexsort((met, -score))[:k]
-        moments = [_best_moment(rows, cosine, self._owner == item, self._moment) for item in met[order]]
+        moments = [_best_moment(rows, cosine, self._owner[rows] == item, self._moment) for item in met[order]]
         table = self.items[met[order]].with_columns(
             rank=pl.int_range(1, len(order) + 1), similarity=pl.Series(np.minimum(score[order], 1.0)),
             moment=pl.Series(moments, dtype=pl.Float64))
         return table.select([pl.col(c).cast(t) if c in table.columns else pl.lit(None, t).alias(c) for c, t in RESULT_SCHEMA.items()])
 
 def _best_moment(rows: np.ndarray, cosine: np.ndarray, mine: np.ndarray, moment: np.ndarray) -> float | None:
-    at = np.where((rows >= 0) & mine[rows], cosine, -np.inf)
+    at = np.where((rows >= 0) & mine, cosine, -np.inf)
     found = float(moment[rows.ravel()[int(at.argmax())]])
     return None if np.isnan(found) else found
 
