@@ -41,12 +41,10 @@ def fill_gallery(
     "Embed what the store does not hold yet, and list the items so that they can be found."
     encoder, found = open_encoder(backbone), []
     for media, how in preprocessing_for(encoder.size).items():
-        part = catalog.filter(media=media)
-        if part.is_empty(): continue
-        done = embed(part, encoder, how, store, threads, dtype)
+        done = embed(catalog.filter(media=media), encoder, how, store, threads, dtype)
         found.append(done)
-        _list_items(done, source)
-    skipped = pl.concat([f.skipped for f in found]) if found else catalog.select("item_id", "path", reason=pl.lit("")).clear()
+        if done.store.shape: _list_items(done, source)
+    skipped = pl.concat([f.skipped for f in found])
     return Filled(sum(f.catalog.height for f in found), sum(f.computed for f in found), skipped)
 
 def _list_items(done: Embedded, source: str) -> None:
