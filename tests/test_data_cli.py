@@ -1,12 +1,15 @@
 """The commands of the data room, one after the other, as a user types them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -92,3 +95,20 @@ def test_drift_and_log(photos, tmp_path):
     facts = json.loads(visrec("data", "check-log", tmp_path / "log.csv", "--out", tmp_path / "log", "--json"))
     assert facts["events"] == 4070 and facts["left_out"] >= 1 and facts["kept"] == 70
     assert pl.read_csv(tmp_path / "log" / "left_out.csv")["user_id"].cast(pl.String).to_list() == ["99"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_says_so_and_goes_on(tmp_path):
+    code, photos = "from visrec_nb.cli import main; main()", str(ROOT / "data" / "clothing")
+    command = [sys.executable, "-c", code, "embed", photos, "--store", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"VISREC_PROGRESS": "1"})
+    said = b""
+    while b"embedding:   1%" not in said:
+        more = process.stderr.read1()
+        assert more, said.decode()
+        said += more
+    process.send_signal(signal.SIGINT)
+    said += process.communicate()[1]
+    assert process.returncode == 130 and said.decode().splitlines()[-1] == "visrec: interrupted; what was done is kept"
+    computed = json.loads(visrec("embed", photos, "--store", tmp_path, "--json"))["computed"]
+    assert 0 < computed < 1513

@@ -490,7 +490,9 @@ def report_run(
 def main() -> None:
     "The console script."
     if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): _quiet_libraries()
-    try: status = app(standalone_mode=False)
+    try:
+        status = app(standalone_mode=False)
+        if status == 130: raise KeyboardInterrupt # typer has caught it and says nothing
     except (KeyboardInterrupt, typer.Abort): status = _leave("interrupted; what was done is kept", 130)
     except InputError as e: status = _leave(str(e), 2)
     except BrokenPipeError: status = 1
