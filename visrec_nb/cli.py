@@ -33,7 +33,7 @@ Source = Annotated[str, typer.Argument(help="Class folders, or a catalog .csv, .
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
-# %% ../nbs/cli.ipynb #21d08306
+# %% ../nbs/cli.ipynb #65d6d4ce
 def _print_json(value: Any) -> None: typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
 
 def _flat(frame: "pl.DataFrame") -> "pl.DataFrame":
@@ -70,7 +70,7 @@ def demo(
     if as_json: _print_json(found)
     else: typer.echo(str(out / "index.html"))
 
-# %% ../nbs/cli.ipynb #8ec71200
+# %% ../nbs/cli.ipynb #4dc21ee7
 def _vectors(catalog: "pl.DataFrame", embeddings: bool, backbone: str) -> Any:
     from visrec_nb.core.files import cache_dir
     if not embeddings: return None
@@ -239,7 +239,7 @@ def data_prepare(
     if as_json: _print_json(facts)
     else: typer.echo(", ".join(f"{n} {what}" for what, n in facts.items()) + f"; catalog in {out}")
 
-# %% ../nbs/cli.ipynb #974dde7c
+# %% ../nbs/cli.ipynb #8a892474
 @app.command("embed")
 def embed_command(
     source: Source,
@@ -272,20 +272,11 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #16a0f380
-def _train_vision(media: str, source: str, out: Path, arch: str, epochs: int, head_only: bool, seed: int, as_json: bool) -> None:
+# %% ../nbs/cli.ipynb #de38fd1f
+def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False, **facts: Any) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
-    from visrec_nb.data.catalog import read_catalog
-    from visrec_nb.vision.learners import image_learner, video_learner
-    catalog = read_catalog(source)
-    learn = (image_learner if media == "image" else video_learner)(catalog, arch, seed=seed)
-    _tell_skipped(learn.skipped)
-    if learn.skipped.height: _note(f"{learn.skipped.height} files could not be read and were left out")
-    learn.fit_head()
-    if not head_only:
-        with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, freeze_epochs=0)
-    model = learn.to_bundle(out)
+    model = learn.to_bundle(out, int8, **facts) if int8 else learn.to_bundle(out, **facts)
     part = "test" if "split" in catalog.columns and (catalog["split"] == "test").any() else None
     metrics = {}
     if part:
@@ -293,21 +284,50 @@ def _train_vision(media: str, source: str, out: Path, arch: str, epochs: int, he
         add_facts(out, metrics=metrics)
     if as_json: _print_json(metrics)
     elif metrics:
-        typer.echo(f"test accuracy {metrics['accuracy']:.3f} ({metrics['accuracy_ci_low']:.3f} to {metrics['accuracy_ci_high']:.3f})")
+        name = "map" if learn.multi_label else "accuracy"
+        title = "mean average precision" if learn.multi_label else "accuracy"
+        typer.echo(f"test {title} {metrics[name]:.3f} ({metrics[name + '_ci_low']:.3f} to {metrics[name + '_ci_high']:.3f})")
     _note(f"bundle in {out}")
+
+def _tell_left_out(learn: Any) -> None:
+    _tell_skipped(learn.skipped)
+    if learn.skipped.height: _note(f"{learn.skipped.height} files could not be read and were left out")
 
 @train_app.command("image")
 def train_image(
     source: Source,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    arch: Annotated[str, typer.Option(help="Backbone: packaged, or any name of timm.")] = "efficientnet_lite0",
-    epochs: Annotated[int, typer.Option(help="Of fine-tuning, after the head.")] = 1,
-    head_only: Annotated[bool, typer.Option("--head-only", help="Train the head on cached embeddings and stop.")] = False,
+    arch: Annotated[list[str] | None, typer.Option(help="Backbone: packaged, of timm, torchvision/NAME; several: side by side.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of training the whole network, after the head.")] = 5,
+    head_only: Annotated[bool, typer.Option("--head-only", help="Fit the head on cached embeddings and stop: seconds to minutes.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures, pixels; else what the backbone was trained for.")] = None,
+    fit: Annotated[str, typer.Option(help="How an oblong photo becomes a square: squash, crop or pad.")] = "squash",
+    columns: Annotated[str, typer.Option(help="Columns of the catalog beside the picture, with commas; the head alone.")] = "",
+    int8: Annotated[bool, typer.Option("--int8", help="Leave the encoder in 8-bit integers: smaller and faster.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose checkpoints lie beside the bundle.")] = False,
     seed: Seed = 42,
     as_json: Json = False,
 ) -> None:
-    "Train an image classifier."
-    _train_vision("image", source, out, arch, epochs, head_only, seed, as_json)
+    "Train an image classifier: the head, then the whole network; what is better on the validation part is kept."
+    import shutil
+    from visrec_nb.data.catalog import read_catalog
+    from visrec_nb.vision.learners import image_learner, train_both
+    if epochs < 1 and not head_only: raise ParameterError(f"--epochs {epochs}: at least 1, or --head-only")
+    names, extra = arch or ["efficientnet_lite0"], [c.strip() for c in columns.split(",") if c.strip()]
+    if not head_only and (len(names) > 1 or extra): raise ParameterError("several backbones or columns are for the head: add --head-only")
+    catalog = read_catalog(source)
+    learn = image_learner(catalog, names, size=size, fit=fit, columns=extra, seed=seed)
+    _tell_left_out(learn)
+    checkpoints = out.with_name(f"{out.name}.checkpoints")
+    if head_only: learn.fit_head()
+    else:
+        if checkpoints.exists() and not resume: shutil.rmtree(checkpoints)
+        roads = train_both(learn, epochs, ema=0.99, mixup=0.2, checkpoint=checkpoints, resume=resume)
+        for row in roads.to_dicts():
+            _note(f"{row['road']:<14} validation: loss {row['valid_loss']:.3f}, accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s"
+                  + (", kept" if row["kept"] else ""))
+    _finish_vision(learn, catalog, out, seed, as_json, int8)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 @train_app.command("video")
 def train_video(
@@ -318,7 +338,12 @@ def train_video(
     as_json: Json = False,
 ) -> None:
     "Train a video classifier on frame embeddings and motion."
-    _train_vision("video", source, out, arch, 0, True, seed, as_json)
+    from visrec_nb.data.catalog import read_catalog
+    from visrec_nb.vision.learners import video_learner
+    catalog = read_catalog(source)
+    learn = video_learner(catalog, arch, seed=seed)
+    _tell_left_out(learn)
+    _finish_vision(learn.fit_head(), catalog, out, seed, as_json)
 
 @train_app.command("recommender")
 def train_recommender(
@@ -356,36 +381,44 @@ def _read_items(path: Path | None) -> "pl.DataFrame | None":
     try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
 
-# %% ../nbs/cli.ipynb #3fb4db14
+# %% ../nbs/cli.ipynb #124832d4
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
-    paths: Annotated[list[Path], typer.Argument(help="Photos or clips; a folder means every media file in it.")],
+    paths: Annotated[list[Path], typer.Argument(help="Photos, clips, folders of them; or one catalog (.csv, .parquet, .jsonl).")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .parquet; else CSV on stdout.")] = None,
     top: Annotated[int, typer.Option(help="How many classes to list.")] = 5,
+    coverage: Annotated[float | None, typer.Option(help="List the labels that hold the true one with this probability, such as 0.9.")] = None,
+    reject_below: Annotated[float | None, typer.Option(help="Leave the label empty where its score is lower.")] = None,
     as_json: Json = False,
 ) -> None:
     "Classify files: a row a file; one that cannot be read is a row with `error`."
-    from visrec_nb.data.catalog import media_kind
     from visrec_nb.serve.bundle import open_classifier
-    files: list[Path] = []
-    for path in paths: files += sorted(p for p in path.rglob("*") if media_kind(p)) if path.is_dir() else [path]
-    if not files: raise InputError(f"{paths[0]}: no media files in it")
-    frame = open_classifier(bundle).predict(files, top)
+    frame = open_classifier(bundle).predict(_items_of(paths), top, coverage, reject_below)
     if as_json: _print_json({"predictions": frame.to_dicts()})
     else: _write_table(frame, out)
     if failed := frame["error"].drop_nulls().len(): _note(f"{failed} of {frame.height} files could not be read; see the column error")
+
+def _items_of(paths: list[Path]) -> Any: # a list of files, or a catalog
+    from visrec_nb.data.catalog import media_kind, read_catalog
+    if len(paths) == 1 and paths[0].suffix in (".csv", ".parquet", ".jsonl"): return read_catalog(paths[0])
+    files: list[Path] = []
+    for path in paths: files += sorted(p for p in path.rglob("*") if media_kind(p)) if path.is_dir() else [path]
+    if not files: raise InputError(f"{paths[0]}: no media files in it")
+    return files
 
 @app.command()
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A classifier's or recommender's bundle.")],
     source: Annotated[str, typer.Argument(help="A labelled catalog or folder; for a recommender, a log of later events.")],
+    compare: Annotated[Path | None, typer.Option(help="Another classifier's bundle, judged on the same items.")] = None,
     as_json: Json = False,
 ) -> None:
     "How well a bundle does on data with known answers."
     from visrec_nb.core.bundle import read_manifest
     from visrec_nb.serve.bundle import open_classifier, open_recommender
     if read_manifest(bundle)["task"] == "recommendation":
+        if compare is not None: raise ParameterError("--compare is for classifiers")
         from visrec_nb.data.interactions import read_interactions
         from visrec_nb.recsys.evaluation import evaluate as evaluate_recommender
         metrics: dict[str, Any] = evaluate_recommender(open_recommender(bundle), read_interactions(source, extra="drop"))
@@ -397,12 +430,22 @@ def evaluate(
         found = open_classifier(bundle).evaluate(catalog, part, cache_dir("embeddings"))
         metrics = found.metrics
         _tell_skipped(found.skipped)
+        if compare is not None: metrics |= _compared(open_classifier(compare), found, cache_dir("embeddings"))
     if as_json: _print_json(metrics)
     else:
         for key, value in metrics.items():
             if not key.endswith(("_ci_low", "_ci_high")):
                 between = f"  ({metrics[key + '_ci_low']:.4f} to {metrics[key + '_ci_high']:.4f})" if f"{key}_ci_low" in metrics else ""
                 typer.echo(f"{key:<16} {value:.4f}{between}" if isinstance(value, float) else f"{key:<16} {value}")
+
+def _compared(other: Any, found: Any, store: Path) -> dict[str, Any]: # compared_with, and the differences, first bundle minus the other
+    "Another bundle on the same items."
+    from visrec_nb.vision.comparison import compare_classifiers
+    theirs = other.evaluate(found.catalog, None, store)
+    if theirs.probs.shape != found.probs.shape:
+        raise InputError(f"{other.path}: its labels, or the files it can read, are not those of the first bundle")
+    result = compare_classifiers(found.probs, theirs.probs, found.targets)
+    return {"compared_with": str(other.path), "other_accuracy": theirs.metrics.get("accuracy", theirs.metrics.get("map")), **result}
 
 @app.command()
 def recommend(
@@ -486,7 +529,7 @@ def report_run(
     if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
     else: typer.echo(str(run.folder / "index.html"))
 
-# %% ../nbs/cli.ipynb #6b7e3178
+# %% ../nbs/cli.ipynb #07a22083
 def main() -> None:
     "The console script."
     if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): _quiet_libraries()

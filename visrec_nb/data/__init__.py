@@ -4,6 +4,7 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "catalog": ["catalog_fingerprint", "catalog_from_folder", "class_indicators", "class_labels", "class_numbers", "count_by_class",
                 "read_catalog", "scan_catalog", "validate_catalog", "with_hashes", "write_catalog"],
+    "cleaning": ["Cleaned", "Cleaning", "apply_cleaning", "cleaning_candidates", "read_decisions"],
     "duplicates": ["near_duplicates", "small_pictures"],
     "drift": ["check_drift", "drift_findings", "most_typical", "plot_newness"],
     "interactions": ["check_interactions", "hold_out_users", "merge_duplicates", "plot_popularity", "popularity_curve", "popularity_facts",

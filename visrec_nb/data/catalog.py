@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'catalog_from_folder', 'validate_catalog', 'scan_catalog', 'read_catalog', 'write_catalog', 'with_hashes',
            'catalog_fingerprint', 'class_labels', 'class_numbers', 'class_indicators', 'count_by_class']
 
-# %% ../../nbs/data/catalog.ipynb #cb2e42ad
+# %% ../../nbs/data/catalog.ipynb #ea848aba
 import csv, json, os, tempfile, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -234,7 +234,7 @@ def _write(table: pl.LazyFrame, file: Path, where: str, base: str) -> None:
     except (pl.exceptions.PolarsError, OSError) as e:
         raise CatalogError(f"{where}: cannot be written ({str(e).strip().splitlines()[0]})") from e
 
-# %% ../../nbs/data/catalog.ipynb #8f02a853
+# %% ../../nbs/data/catalog.ipynb #3dbbd7d6
 def _digest(path: str) -> str | None:
     try:
         file = local_file(path)
@@ -263,7 +263,7 @@ def catalog_fingerprint(
     if "labels" in columns: table = table.with_columns(pl.col("labels").list.sort())
     return fingerprint(sorted(map(list, table.rows()), key=str))
 
-# %% ../../nbs/data/catalog.ipynb #9ed9c274
+# %% ../../nbs/data/catalog.ipynb #c32e073c
 def _each_label(catalog: pl.DataFrame) -> pl.DataFrame:
     "A row an item and label; items without any are left out."
     if "labels" not in catalog.columns: return catalog.filter(pl.col("label").is_not_null())
@@ -276,12 +276,21 @@ def class_labels(
     if not {"label", "labels"} & set(catalog.columns): raise CatalogError("the catalog has no column 'label'; a classifier needs one")
     items = _each_label(catalog)
     labels = sorted(items["label"].unique())
+    _tell_twins(labels)
     trained = items.filter(pl.col("split") == "train") if "split" in items.columns else items
     if missing := sorted(set(labels) - set(trained["label"])):
         raise CatalogError(f"the class {missing[0]!r} has no training item; add some or leave the class out")
     if len(labels) < (1 if "labels" in catalog.columns else 2):
         raise CatalogError(f"a classifier needs at least two classes; the catalog has {labels}")
     return labels
+
+def _tell_twins(labels: list[str]) -> None:
+    plain: dict[str, str] = {}
+    for label in labels:
+        twin = plain.setdefault(" ".join(label.split()).casefold(), label)
+        if twin != label:
+            warnings.warn(f"the labels {twin!r} and {label!r} differ only by case or blanks and are taken for two classes: "
+                          "write them in one way if one is meant", DataWarning, stacklevel=3)
 
 def class_numbers(
     catalog: pl.DataFrame, # with `label`, each one of `labels`

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['count', 'classifier_conclusion', 'calibration_conclusion', 'motion_conclusion', 'comparison_sentence',
            'data_conclusion', 'suspects_conclusion', 'drift_conclusion', 'log_conclusion', 'recommender_conclusion',
-           'next_steps']
+           'next_steps', 'certainty_conclusion', 'answered_conclusion', 'sets_conclusion', 'labels_conclusion',
+           'slices_conclusion', 'robustness_conclusion', 'mcnemar_conclusion']
 
 # %% ../../nbs/reports/words.ipynb #81de9150
 from collections.abc import Mapping
@@ -169,3 +170,79 @@ def next_steps(
         steps.append("Try the hybrid recommender on a part of the visitors, against what is shown today: only that tells its worth.")
     else: steps.append("Keep showing what is popular; no model beats it on this log.")
     return "\n".join(f"- {step}" for step in steps)
+
+# %% ../../nbs/reports/words.ipynb #c672e200
+def certainty_conclusion(
+    metrics: Mapping[str, Any], # with `ece` and `ece_calibrated_95`
+) -> str: # one or two sentences
+    "Whether the model's certainty can be trusted, chance considered."
+    gap, by_chance = percent(metrics["ece"], 1), percent(metrics["ece_calibrated_95"], 1)
+    seen = f"on average its certainty is off by {gap}, and chance alone makes up to {by_chance} on so few items"
+    if metrics["ece"] <= metrics["ece_calibrated_95"]: return f"Its certainty can be trusted as far as this test can tell: {seen}."
+    if metrics["ece"] <= 0.05: return f"Its certainty is roughly right, but not exactly: {seen}."
+    return f"Its certainty should not be relied on: {seen}."
+
+def answered_conclusion(
+    metrics: Mapping[str, Any], # with `answered@95` and `answered_accuracy@95`, from `answered_metrics`
+    thing: str = "photo", # photo, clip
+    promise: int = 95, # percent
+) -> str: # one sentence
+    "How many answers can be taken without a look."
+    if not metrics.get(f"answered@{promise}"):
+        return f"No answer is sure enough to be taken without a look, if {percent(promise / 100)} of them have to be right."
+    share, right = (percent(metrics[f"{name}@{promise}"]) for name in ("answered", "answered_accuracy"))
+    text = f"The surest **{share}** of the {thing}s can be taken without a look, with a promised {percent(promise / 100)} of right answers"
+    if metrics[f"answered_accuracy@{promise}_ci_high"] < promise / 100: return f"{text}; that promise is not kept here: {right} were right."
+    return f"{text}; {right} of them were right here."
+
+def sets_conclusion(
+    metrics: Mapping[str, Any], # from `conformal_metrics`
+    promise: int = 90, # percent
+) -> str: # one sentence
+    "How long the lists are that hold the truth."
+    size, single, held = (metrics[f"{name}@{promise}"] for name in ("set_size", "single_share", "set_coverage"))
+    text = (f"Asked for a list that holds the right label {promise} times in 100, it gives {size:.1f} labels on average, and a single one "
+            f"for {percent(single)}; the right one was among them {percent(held)} of the time")
+    return f"{text}, less than promised." if metrics[f"set_coverage@{promise}_ci_high"] < promise / 100 else f"{text}."
+
+def labels_conclusion(
+    metrics: Mapping[str, Any], # from `multi_label_metrics`
+    thing: str = "photo", # photo, clip
+) -> str: # two sentences
+    "What the test of a model says that gives several labels."
+    return (f"Of {count(metrics['items'], thing)} that the model had never seen, it gave all their labels and no other to "
+            f"**{sure(metrics, 'exact_match')}**. Of the labels it gave, {sure(metrics, 'micro_precision')} are right; of those that "
+            f"belong there, it found {sure(metrics, 'micro_recall')}.")
+
+# %% ../../nbs/reports/words.ipynb #8d9b83b2
+def slices_conclusion(
+    table: "pl.DataFrame", # from `slice_table`
+    most: int = 3, # slices named
+) -> str: # one or two sentences
+    "Where the model is worse than elsewhere."
+    if table.height < 2: return "There were too few items to compare parts of them."
+    bad = table.filter("flag")
+    if bad.is_empty(): return f"Of {table.height - 1} slices, none differs for the worse by more than chance and by enough to matter."
+    name = table.columns[3]
+    named = [f"**{row['column']} {row['slice']}** ({percent(row[name])} of {row['items']:,})" for row in bad.head(most).to_dicts()]
+    text = f"Clearly worse than elsewhere: {_listed(named)}; over all it is {percent(table[name][0])}."
+    return text + (f" {bad.height - most:,} more are in the table." if bad.height > most else "")
+
+def robustness_conclusion(
+    found: Mapping[str, Any], # from `robustness_summary`
+) -> str: # two sentences
+    "What spoiled pictures do to the model."
+    name = "accuracy" if "clean_accuracy" in found else "map"
+    worst, what = found["worst_corruption"].replace("_", " "), "accuracy" if name == "accuracy" else "mean average precision"
+    return (f"On {found['items']:,} spoiled photos the {what} is {sure(found, f'corrupted_{name}')} instead of "
+            f"{percent(found[f'clean_{name}'])}. Worst is {worst}, with {percent(found[f'worst_corruption_{name}'])}.")
+
+def mcnemar_conclusion(
+    found: Mapping[str, float], # from `compare_classifiers`, the model of the report first
+    other: str = "the other model", # what to call the second
+) -> str: # one or two sentences
+    "Where two models disagree, and whether it may be luck."
+    a, b, p = int(found["only_a_right"]), int(found["only_b_right"]), found["mcnemar_midp"]
+    if a + b == 0: return f"It and {other} are right and wrong about the same items."
+    luck = f"a split that uneven comes by chance in {100 * p:.2g} of 100 cases" if p >= 0.0001 else "chance hardly makes so uneven a split"
+    return f"Only this model was right about {count(a, 'item')}, only {other} about {count(b, 'item')}; {luck}."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from visrec_nb.recsys.base import RecommenderBundle
     from visrec_nb.vision.predictor import ClassifierBundle
 
-# %% ../../nbs/serve/bundle.ipynb #cf385c34
+# %% ../../nbs/serve/bundle.ipynb #739b1a2d
 def open_bundle(
     path: str | Path, # the bundle's folder
 ) -> "ClassifierBundle | RecommenderBundle": # by its task
@@ -45,6 +45,7 @@ def describe(
 ) -> dict[str, Any]: # task, labels or model, metrics, data, files and their size
     "What a bundle says of itself, in short."
     manifest = read_manifest(path)
-    keep = ("task", "labels", "model", "params", "metrics", "preprocessing", "temperature", "backbone", "data", "seed", "format")
+    keep = ("task", "labels", "model", "params", "metrics",
+            "encoders", "columns", "multi_label", "thresholds", "temperature", "data", "seed", "format")
     size = sum(f["bytes"] for f in manifest["files"].values())
     return {k: manifest[k] for k in keep if k in manifest} | {"files": sorted(manifest["files"]), "bytes": size}

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from ..core.errors import BundleError, InputError, ParameterError
 from ..core.files import fingerprint, sha256_file
 
-# %% ../../nbs/vision/encoder.ipynb #9f7158eb
+# %% ../../nbs/vision/encoder.ipynb #a25107b1
 def cores() -> int:
     "How many processors this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -40,7 +40,7 @@ def run_onnx(
     "Run a session on named arrays."
     return session.run(None, inputs)[0]
 
-# %% ../../nbs/vision/encoder.ipynb #e3102129
+# %% ../../nbs/vision/encoder.ipynb #b817e958
 class Encoder:
     "An ONNX graph that turns uint8 pixels (N, size, size, 3) into float32 embeddings (N, dim), on a CPU."
     batch_size = 4
@@ -55,7 +55,9 @@ class Encoder:
             raise BundleError(f"{path}: an encoder takes one uint8 input (N, size, size, 3) and gives (N, dim); "
                               f"this takes {put[0].type} {shape}")
         self.name, self.size, self.dim = str(Path(path).resolve()), int(shape[1]), dim
-        self.id = self.session.get_modelmeta().custom_metadata_map.get("visrec_id") or sha256_file(path)
+        facts = self.session.get_modelmeta().custom_metadata_map
+        self.id = facts.get("visrec_id") or sha256_file(path)
+        self.interpolation = facts.get("visrec_interpolation", "bicubic")
 
     def __call__(self,
         pixels: np.ndarray, # uint8 (N, size, size, 3)
@@ -99,20 +101,23 @@ class FunctionEncoder:
         _check_pixels(pixels, self.size)
         return self._call(pixels) if len(pixels) else np.empty((0, self.dim), np.float32)
 
-# %% ../../nbs/vision/encoder.ipynb #0b7df7cd
+# %% ../../nbs/vision/encoder.ipynb #78e7e580
 def open_encoder(
     what: Any, # name of a backbone, an .onnx file, or an encoder
     device: str | None = None, # cpu or cuda; None: a GPU where torch sees one, for named backbones
+    **options: Any, # of a named backbone: `size`, `pretrained`, `weights`, `seed`, as in `backbones.onnx_backbone`
 ) -> Any: # Encoder, TorchEncoder, or what was given
     "The encoder that is meant."
+    if options and (callable(what) or str(what).endswith(".onnx")):
+        raise ParameterError(f"{', '.join(options)}: only for a backbone by its name; {what} is one already")
     if callable(what) and hasattr(what, "dim"): return what
     if callable(what): raise ParameterError("a function becomes an encoder by FunctionEncoder(function, 'its name and version')")
     if str(what).endswith(".onnx"): return Encoder(what)
     from visrec_nb.vision.backbones import onnx_backbone
     if device != "cpu" and (device or Path("/dev/nvidiactl").exists()):
         from visrec_nb.vision.torch_encoder import torch_encoder
-        found = torch_encoder(str(what), device)
+        found = torch_encoder(str(what), device, **options)
         if device or found.device == "cuda": return found
-    encoder = Encoder(onnx_backbone(str(what)))
-    encoder.name = str(what)
+    encoder = Encoder(onnx_backbone(str(what), **options))
+    if not options: encoder.name = str(what)
     return encoder

@@ -35,27 +35,45 @@ def signed_root(x: Tensor) -> Tensor:
     "Square root that keeps the sign and has a finite slope at 0."
     return x.sign() * ((x.abs() + 1e-4).sqrt() - 1e-2)
 
-# %% ../../nbs/vision/heads.ipynb #96c8d36f
+# %% ../../nbs/vision/heads.ipynb #c6d420dc
 class ImageHead(nn.Module):
-    "Features (N, F) or (N, T, F) -> logits (N, classes): linear, averaged over views."
+    "Features (N, dim + columns) or (N, T, dim + columns) -> logits (N, classes): linear, averaged over views."
     def __init__(self,
-        dim: int, # F
+        dim: int, # length of the embedding
         classes: int, # number of labels
         dropout: float = 0.0, # share of the inputs switched off while training
+        columns: int = 0, # numbers of the catalog after the embedding
+        components: int | None = None, # principal components that replace the embedding; None: all of it
     ):
         super().__init__()
-        self.scale, self.dropout, self.linear = Standardize(torch.ones(dim)), nn.Dropout(dropout), nn.Linear(dim, classes)
+        self.dim = dim
+        weights = torch.cat([torch.ones(dim), torch.full((columns,), (dim / max(columns, 1)) ** 0.5)])
+        self.scale, self.dropout = Standardize(weights), nn.Dropout(dropout)
+        self.project = nn.Linear(dim, components, bias=False).requires_grad_(False) if components else None
+        self.linear = nn.Linear((components or dim) + columns, classes)
         nn.init.zeros_(self.linear.weight)
 
+    def _standard(self, features: Tensor) -> Tensor:
+        return self.scale(torch.cat([signed_root(features[..., :self.dim]), features[..., self.dim:]], -1))
+
+    def inputs(self, features: Tensor) -> Tensor: # (..., D)
+        "What the linear layer sees."
+        x = self._standard(features)
+        return x if self.project is None else torch.cat([self.project(x[..., :self.dim]), x[..., self.dim:]], -1)
+
     def measure(self, features: Tensor) -> None:
-        "Take the scale from training features (N, T, F)."
-        self.scale.measure(signed_root(features.flatten(0, -2)))
+        "Take scale and principal components from training features (N, T, F)."
+        flat = features.flatten(0, -2)
+        self.scale.measure(torch.cat([signed_root(flat[:, :self.dim]), flat[:, self.dim:]], -1))
+        if self.project is None: return
+        x = self._standard(flat)[:, :self.dim].double()
+        self.project.weight.data = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1).T[:self.project.out_features].float().contiguous()
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = self.linear(self.dropout(self.scale(signed_root(features))))
+        logits = self.linear(self.dropout(self.inputs(features)))
         return logits.mean(1) if features.ndim == 3 else logits
 
-# %% ../../nbs/vision/heads.ipynb #d5222516
+# %% ../../nbs/vision/heads.ipynb #bd37884d
 def over_time(x: Tensor) -> list[Tensor]:
     "Mean, spread and mean absolute step over the time axis: (N, T, F) -> three of (N, F)."
     mean = x.mean(1)
@@ -77,12 +95,16 @@ class ClipHead(nn.Module):
         self.scale, self.dropout, self.linear = Standardize(weights), nn.Dropout(dropout), nn.Linear(len(weights), classes)
         nn.init.zeros_(self.linear.weight)
 
-    def pooled(self, features: Tensor) -> Tensor:
+    def _pooled(self, features: Tensor) -> Tensor:
         "The statistics over time (N, 3 dim + 3 motion_dim)."
         return torch.cat([*over_time(signed_root(features[..., :self.dim])), *over_time(features[..., self.dim:])], 1)
 
     def measure(self, features: Tensor) -> None:
         "Take the scale from training features (N, T, dim + motion_dim)."
-        self.scale.measure(self.pooled(features))
+        self.scale.measure(self._pooled(features))
 
-    def forward(self, features: Tensor) -> Tensor: return self.linear(self.dropout(self.scale(self.pooled(features))))
+    def inputs(self, features: Tensor) -> Tensor: # (N, D)
+        "What the linear layer sees."
+        return self.scale(self._pooled(features))
+
+    def forward(self, features: Tensor) -> Tensor: return self.linear(self.dropout(self.inputs(features)))

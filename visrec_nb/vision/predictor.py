@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PREDICTION_SCHEMA', 'ClassifierBundle', 'Evaluation']
 
-# %% ../../nbs/vision/predictor.ipynb #661c2558
-from collections.abc import Sequence
+# %% ../../nbs/vision/predictor.ipynb #b12e452a
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ import numpy as np
 import polars as pl
 
 from ..core.bundle import verify_bundle
-from ..core.errors import BundleError, CatalogError, InputError
-from ..data.catalog import class_numbers, read_catalog
-from .encoder import Encoder, onnx_session, run_onnx
-from .evaluation import classification_metrics, softmax
-from .features import Embedded, embed, stream_features
+from ..core.errors import BundleError, CatalogError, DataWarning, InputError, ParameterError
+from ..core.progress import in_order
+from ..data.catalog import class_indicators, class_numbers, read_catalog
+from .calibration import conformal_metrics, conformal_sets
+from .encoder import Encoder, cores, onnx_session, run_onnx
+from .evaluation import classification_metrics, multi_label_metrics, sigmoid, softmax
+from .features import Embedded, embed_all, stream_features
+from .metadata import column_values
 
-# %% ../../nbs/vision/predictor.ipynb #ae128e7a
+# %% ../../nbs/vision/predictor.ipynb #792e3c1a
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
@@ -32,16 +35,20 @@ class ClassifierBundle:
         self.manifest = verify_bundle(path)
         if not self.manifest["task"].endswith("_classification"):
             raise BundleError(f"{path}: is for {self.manifest['task']}, not a classifier")
-        self.labels: list[str] = self.manifest["labels"]
-        self.preprocessing: dict[str, Any] = self.manifest["preprocessing"]
+        try:
+            self.labels: list[str] = self.manifest["labels"]
+            self.preprocessings: list[dict[str, Any]] = [e["preprocessing"] for e in self.manifest["encoders"]]
+            self.temperature: float = self.manifest["temperature"]
+        except (KeyError, TypeError) as e: raise BundleError(f"{path}: its manifest lacks {e}; train the bundle again") from e
+        self.columns: list[dict[str, Any]] = self.manifest.get("columns", [])
+        self.multi_label: bool = self.manifest.get("multi_label", False)
+        self.thresholds = np.array(self.manifest["thresholds"]) if self.multi_label else None
         self.head = onnx_session(self.path / "head.onnx")
-        self._encoder: Encoder | None = None
 
-    @property
-    def encoder(self) -> Encoder:
-        "The backbone, opened when first needed."
-        if self._encoder is None: self._encoder = Encoder(self.path / "encoder.onnx")
-        return self._encoder
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        "The backbones, opened when first needed."
+        return [Encoder(self.path / e["file"]) for e in self.manifest["encoders"]]
 
     def __repr__(self): return f"<{self.manifest['task']} bundle: {len(self.labels)} classes, {self.path.name}>"
 
@@ -49,20 +56,41 @@ class ClassifierBundle:
         features: np.ndarray, # float32 (N, T, F)
     ) -> np.ndarray: # float32 (N, C)
         "What the head makes of features."
-        return run_onnx(self.head, features=features) if len(features) else np.zeros((0, len(self.labels)), np.float32)
+        if not len(features): return np.zeros((0, len(self.labels)), np.float32)
+        return np.concatenate([run_onnx(self.head, features=features[n:n + 1024]) for n in range(0, len(features), 1024)])
 
     def probabilities(self,
         features: np.ndarray, # float32 (N, T, F)
-    ) -> np.ndarray: # float64 (N, C), calibrated
+    ) -> np.ndarray: # float64 (N, C), calibrated; rows sum to 1 where an item has one label
         "Calibrated probabilities of each class."
-        return softmax(self.logits(features), self.manifest["temperature"])
+        return (sigmoid if self.multi_label else softmax)(self.logits(features), self.temperature)
+
+    def with_columns(self,
+        features: np.ndarray, # float32 (N, T, F), embeddings
+        frame: pl.DataFrame | None, # N rows with the columns that the model wants; None: there are none
+    ) -> np.ndarray: # float32 (N, T, F + columns)
+        "Embeddings with the catalog's columns beside them."
+        if not self.columns: return features
+        names = ", ".join(c["name"] for c in self.columns)
+        if frame is None: raise ParameterError(f"the model also looks at the columns {names}: give a frame with path, {names}")
+        values = column_values(frame, self.columns)
+        return np.concatenate([features, np.broadcast_to(values[:, None], (*features.shape[:2], values.shape[1]))], axis=2)
 
     def embed(self,
         catalog: pl.DataFrame, # with `path`
         store: str | Path | None = None, # folder of the embedding store
     ) -> Embedded:
-        "Features of a catalog's files as this bundle wants them."
-        return embed(catalog, self.encoder, self.preprocessing, store, self.threads)
+        "Embeddings of a catalog's files as this bundle wants them."
+        return embed_all(catalog, self.encoders, self.preprocessings, store, self.threads)
+
+    def classify(self,
+        pixels: np.ndarray, # uint8 (N, S, S, 3), prepared as `preprocessings` says, for bundles with one encoder and no columns
+    ) -> np.ndarray: # float64 (N, C)
+        "Calibrated probabilities of pictures in memory, seen once as they are."
+        if len(self.encoders) > 1 or self.columns: raise ParameterError("classify is for one encoder and no columns")
+        def work(part: np.ndarray) -> np.ndarray: return self.encoders[0](part)
+        vectors = list(in_order(work, (pixels[n:n + 4] for n in range(0, len(pixels), 4)), self.threads or cores()))
+        return self.probabilities(np.concatenate(vectors)[:, None] if vectors else np.zeros((0, 1, 1), np.float32))
 
     def evaluate(self,
         source: Any, # a catalog or whatever `read_catalog` takes, with labels
@@ -71,40 +99,81 @@ class ClassifierBundle:
         seed: int = 0, # of the bootstrap
     ) -> "Evaluation":
         "How well the bundle does on labelled items."
+        column = "labels" if self.multi_label else "label"
         catalog = read_catalog(source)
         if split is not None and "split" in catalog.columns: catalog = catalog.filter(pl.col("split") == split)
-        if "label" not in catalog.columns or catalog["label"].null_count() == len(catalog):
-            raise CatalogError(f"no labelled items to evaluate on (split {split!r}); a catalog with a column 'label' is needed")
-        catalog = catalog.filter(pl.col("label").is_not_null())
-        if unknown := sorted(set(catalog["label"]) - set(self.labels)):
-            raise CatalogError(f"the label {unknown[0]!r} is not one of the bundle's: {', '.join(self.labels)}")
+        if column not in catalog.columns or catalog[column].null_count() == len(catalog):
+            raise CatalogError(f"no labelled items to evaluate on (split {split!r}); a catalog with a column {column!r} is needed")
+        catalog = catalog.filter(pl.col(column).is_not_null())
+        catalog, unknown = self._known(catalog, column)
         found = self.embed(catalog, store)
-        targets = class_numbers(found.catalog, self.labels)
-        probs = self.probabilities(found.features)
-        metrics = classification_metrics(probs, targets, seed) | {"skipped": found.skipped.height}
-        return Evaluation(metrics, probs, targets, found.catalog, found.skipped, found.features)
+        features = self.with_columns(found.features, found.catalog)
+        probs = self.probabilities(features)
+        targets: np.ndarray = (class_indicators if self.multi_label else class_numbers)(found.catalog, self.labels)
+        if self.thresholds is None: metrics = classification_metrics(probs, targets, seed) | self._promises(probs, targets)
+        else: metrics = multi_label_metrics(probs, targets, self.thresholds, seed)
+        metrics |= {"skipped": found.skipped.height, "unknown_labels": unknown}
+        return Evaluation(metrics, probs, targets, found.catalog, found.skipped, features)
+
+    def _promises(self, probs: np.ndarray, targets: np.ndarray, promise: float = 0.95) -> dict[str, float]:
+        "How the promises that were made on validation items hold: sets of labels, and answers above the certainty for 95 %."
+        from visrec_nb.core.stats import wilson_interval, with_interval
+        found = conformal_metrics(probs, targets, self.manifest["conformal"]) if "conformal" in self.manifest else {}
+        limit, name = self.manifest.get("sure_above", {}).get(str(promise)), f"{100 * promise:.0f}"
+        if limit is None: return found
+        sure, right = probs.max(1) >= limit, probs.argmax(1) == targets
+        found |= with_interval(f"answered@{name}", sure.mean(), wilson_interval(sure.sum(), len(sure)))
+        if not sure.any(): return found
+        return found | with_interval(f"accuracy_answered@{name}", right[sure].mean(), wilson_interval(right[sure].sum(), sure.sum()))
+
+    def _known(self, catalog: pl.DataFrame, column: str) -> tuple[pl.DataFrame, int]:
+        "The items all of whose labels the bundle knows; how many others there were."
+        import warnings
+        strange = pl.Series([bool(set([v] if isinstance(v, str) else v) - set(self.labels)) for v in catalog[column]], dtype=pl.Boolean)
+        if not strange.any(): return catalog, 0
+        first = catalog.filter(strange)[column][0]
+        text = (f"{strange.sum()} of {len(catalog)} items carry a label that the bundle does not know, such as "
+                f"{first if isinstance(first, str) else ', '.join(first)!r} (it knows {', '.join(self.labels)})")
+        if strange.all(): raise CatalogError(text)
+        warnings.warn(f"{text}; they are left out of the figures and counted as unknown_labels", DataWarning, stacklevel=3)
+        return catalog.filter(~strange), int(strange.sum())
 
     def predict(self,
-        paths: Sequence[str | Path], # photos or clips
+        items: Any, # paths of photos or clips, or uint8 arrays (H, W, 3); or a frame with `path` and the columns that the model wants
         top: int = 5, # how many classes to list
+        coverage: float | None = None, # list instead the labels that hold the true one with this probability (conformal sets)
+        reject_below: float | None = None, # leave the label empty where its score is lower
     ) -> pl.DataFrame: # path, label, score, labels, scores, error: a row a file, in order
         "Classify files; one that cannot be read has an `error` and no label."
         if top < 1: raise InputError(f"top={top}: must be at least 1")
-        rows: list[dict[str, Any]] = [{"path": str(p)} for p in paths]
-        for batch in stream_features(paths, self.preprocessing, self.encoder, threads=self.threads):
-            for row, p in zip(batch.rows, self.probabilities(batch.features), strict=True):
-                best = np.argsort(-p, kind="stable")[:top]
-                rows[row] |= {"labels": [self.labels[i] for i in best], "scores": p[best].tolist()}
-                rows[row] |= {"label": rows[row]["labels"][0], "score": rows[row]["scores"][0]}
+        if coverage is not None and self.multi_label: raise ParameterError("coverage: sets are for bundles with one label an item")
+        frame = items if isinstance(items, pl.DataFrame) else None
+        sources = items["path"] if frame is not None else [items] if isinstance(items, str | Path) else list(items)
+        rows: list[dict[str, Any]] = [{"path": f"array {n}" if isinstance(s, np.ndarray) else str(s)} for n, s in enumerate(sources)]
+        if self.columns: self.with_columns(np.zeros((0, 1, 1), np.float32), None if frame is None else frame[:0])
+        for batch in stream_features(sources, self.preprocessings, self.encoders, threads=self.threads):
+            features = self.with_columns(batch.features, None if frame is None else frame[batch.rows]) if batch.rows else batch.features
+            probs = self.probabilities(features)
+            sets = conformal_sets(probs, self.manifest["conformal"], coverage) if coverage is not None else [None] * len(probs)
+            for row, p, chosen in zip(batch.rows, probs, sets, strict=True): rows[row] |= self._answer(p, chosen, top, reject_below)
             for row, reason in batch.errors.items(): rows[row]["error"] = reason
         return pl.DataFrame(rows, schema=PREDICTION_SCHEMA)
+
+    def _answer(self, p: np.ndarray, chosen: Any, top: int, reject_below: float | None) -> dict[str, Any]:
+        order = np.argsort(-p, kind="stable")
+        if self.thresholds is not None: listed = order[(p >= self.thresholds)[order]]
+        else: listed = order[:top] if chosen is None else np.asarray(chosen, int)
+        best = listed[0] if self.thresholds is not None and len(listed) else order[0]
+        sure = (self.thresholds is None or len(listed) > 0) and (reject_below is None or p[best] >= reject_below)
+        return {"label": self.labels[best] if sure else None, "score": float(p[best]), "labels": [self.labels[i] for i in listed],
+                "scores": p[listed].tolist()}
 
 @dataclass
 class Evaluation:
     "What a test showed."
     metrics: dict[str, Any] # as in metrics.json
     probs: np.ndarray # (N, C)
-    targets: np.ndarray # true class numbers (N,)
+    targets: np.ndarray # true class numbers (N,), or bool (N, C) where an item may have several labels
     catalog: pl.DataFrame # the rows that could be read
     skipped: pl.DataFrame # item_id, path, reason: those that could not
     features: np.ndarray # float32 (N, T, F)

@@ -21,7 +21,7 @@ from .encoder import open_encoder
 from .features import Embedded, embed, encode_item, preprocessing_for, read_item
 from .store import EmbeddingStore
 
-# %% ../../nbs/vision/search.ipynb #ca8194c0
+# %% ../../nbs/vision/search.ipynb #02b1a377
 class Filled(NamedTuple):
     "What became of a catalog."
     items: int # that can be found now
@@ -51,7 +51,7 @@ def _list_items(done: Embedded, source: str) -> None:
     items = done.catalog.select([c for c in ITEM_COLUMNS if c in done.catalog.columns])
     with atomic_file(done.store.folder / "items" / f"{fingerprint(source)[:16]}.parquet") as aside: items.write_parquet(aside)
 
-# %% ../../nbs/vision/search.ipynb #d4779c0b
+# %% ../../nbs/vision/search.ipynb #def3a21f
 RESULT_SCHEMA = {"rank": pl.Int64, "similarity": pl.Float64, "item_id": pl.String, "path": pl.String, "media": pl.String,
                  "label": pl.String, "moment": pl.Float64}
 

@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['TorchEncoder', 'torch_encoder']
 
-# %% ../../nbs/vision/torch_encoder.ipynb #4b7040e3
+# %% ../../nbs/vision/torch_encoder.ipynb #c992ad9d
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
 from ..core.errors import ParameterError
 from ..core.files import fingerprint
-from .backbones import backbone, backbone_id, from_pixels, torch_backbone
+from .backbones import backbone, backbone_id, torch_backbone
 from .encoder import _check_pixels
+from .export import from_pixels
 
-# %% ../../nbs/vision/torch_encoder.ipynb #dc9715ec
+# %% ../../nbs/vision/torch_encoder.ipynb #c34d428b
 class TorchEncoder:
     "A torch network as an encoder: uint8 pixels (N, size, size, 3) to float32 embeddings (N, dim)."
     batch_size = 64
+    interpolation = "bicubic" # by which its photos are made small
     def __init__(self,
-        model: nn.Module, # uint8 (N, size, size, 3) -> (N, dim), from `backbones.from_pixels`
+        model: nn.Module, # uint8 (N, size, size, 3) -> (N, dim), from `export.from_pixels`
         size: int, # side of the square picture
         dim: int, # length of an embedding
         identity: str, # from `backbones.backbone_id`, or your own: another network needs another
@@ -51,9 +55,12 @@ def torch_encoder(
     name: str = "efficientnet_lite0", # a packaged backbone or any name of timm
     device: str | None = None, # None: cuda where there is one
     precision: str = "float32", # float32; float16 and bfloat16 are mixed precision
+    size: int | None = None, # as in `backbones.backbone`
+    **weights: Any, # `pretrained`, `weights`, `seed`, as in `backbones.torch_backbone`
 ) -> TorchEncoder:
-    "A pretrained backbone in torch."
-    row = backbone(name)
-    encoder = TorchEncoder(from_pixels(torch_backbone(row), row), row.size, row.dim, backbone_id(row), device, precision)
-    encoder.name = name
+    "A named backbone in torch."
+    row = backbone(name, size)
+    model = from_pixels(torch_backbone(row, **weights), row)
+    encoder = TorchEncoder(model, row.size, row.dim, backbone_id(row, **weights), device, precision)
+    encoder.name, encoder.interpolation = name, row.interpolation
     return encoder
