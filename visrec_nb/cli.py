@@ -381,14 +381,14 @@ def _read_items(path: Path | None) -> "pl.DataFrame | None":
     try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
 
-# %% ../nbs/cli.ipynb #124832d4
+# %% ../nbs/cli.ipynb #0e126630
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
     paths: Annotated[list[Path], typer.Argument(help="Photos, clips, folders of them; or one catalog (.csv, .parquet, .jsonl).")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .parquet; else CSV on stdout.")] = None,
     top: Annotated[int, typer.Option(help="How many classes to list.")] = 5,
-    coverage: Annotated[float | None, typer.Option(help="List the labels that hold the true one with this probability, such as 0.9.")] = None,
+    coverage: Annotated[float | None, typer.Option(help="List the labels that hold the true one with this probability: 0.9.")] = None,
     reject_below: Annotated[float | None, typer.Option(help="Leave the label empty where its score is lower.")] = None,
     as_json: Json = False,
 ) -> None:

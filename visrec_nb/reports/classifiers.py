@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from visrec_nb.vision.predictor import ClassifierBundle, Evaluation
     from visrec_nb.vision.robustness import Robustness
 
-# %% ../../nbs/reports/classifiers.ipynb #8da6d933
+# %% ../../nbs/reports/classifiers.ipynb #3c1c3674
 def answered_metrics(
     probs: np.ndarray, # (N, C)
     targets: np.ndarray, # class numbers (N,)
@@ -28,7 +28,8 @@ def answered_metrics(
     "How many answers are sure enough for each promise, and how many of them are right."
     from visrec_nb.vision.calibration import reject
     from visrec_nb.vision.evaluation import share_with_interval
-    right, result = probs.argmax(1) == targets, {}
+    right = probs.argmax(1) == targets
+    result: dict[str, float] = {}
     for promise, threshold in sure_above.items():
         given, name = ~reject(probs, threshold), f"@{100 * float(promise):g}"
         result |= share_with_interval(f"answered{name}", int(given.sum()), len(given))

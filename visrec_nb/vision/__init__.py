@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "export": ["check_onnx", "export_encoder", "quantize_encoder"],
     "features": ["catalog_vectors", "clip_preprocessing", "embed", "embed_all", "image_preprocessing", "stream_features"],
     "search": ["Gallery", "fill_gallery"],
+    "loaders": ["image_loaders"],
+    "training": ["fit_network"],
     "learners": ["VisionLearner", "image_learner", "video_learner"],
     "evaluation": ["classification_metrics", "confused_pairs", "multi_label_metrics", "worst_mistakes"],
     "calibration": ["choose_thresholds", "conformal_sets", "conformal_state", "fit_temperature", "reject", "threshold_for"],

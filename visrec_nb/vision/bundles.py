@@ -78,7 +78,7 @@ def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
         vectors = model[0](seen.permute(0, 3, 1, 2)).numpy()
     return check_onnx(file, {"pixels": pixels}, vectors, MOST_GAP, lambda v: activate(head_logits(model[1], v[:, None])))
 
-# %% ../../nbs/vision/bundles.ipynb #133bed61
+# %% ../../nbs/vision/bundles.ipynb #6e6bafc1
 PROMISES = (0.9, 0.95, 0.98, 0.99)
 
 def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def write_classifier_bundle(
             found = embed_all(valid, files, [e["preprocessing"] for e in manifest["encoders"]])
             columns = exact.shape[2] - found.features.shape[2]
             features = np.concatenate([found.features, exact[..., exact.shape[2] - columns:]], axis=2)
-        targets, activate = learn.targets[~train], sigmoid if learn.multi_label else softmax
+        targets, activate = learn.truth[~train], sigmoid if learn.multi_label else softmax
         logits = head_logits(learn.head.cpu(), features)
         example = torch.from_numpy(np.ascontiguousarray(np.repeat(features[:1], 2, 0)))
         export_onnx(learn.head, {"features": example}, "logits", folder / "head.onnx")
@@ -124,9 +124,11 @@ def write_classifier_bundle(
     return ClassifierBundle(path)
 
 def _training_facts(learn: "VisionLearner") -> dict[str, Any] | None:
-    if learn.log is None: return None
-    return {"epochs": learn.log.rows.to_dicts(), "stopped": learn.log.stopped, "best_epoch": learn.log.best_epoch,
-            "unreadable": learn.log.failed.height}
+    if learn.training_log is None: return None
+    def plain(value: Any) -> Any: return None if isinstance(value, float) and not np.isfinite(value) else value
+    rows = [{k: plain(v) for k, v in row.items()} for row in learn.training_log.rows.to_dicts()]
+    return {"epochs": rows, "stopped": learn.training_log.stopped, "best_epoch": learn.training_log.best_epoch,
+            "unreadable": learn.training_log.failed.height}
 
 def _loss_by_int8(learn: "VisionLearner", exact: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     "What integers cost on the validation items."

@@ -9,7 +9,7 @@ __all__ = ['Standardize', 'signed_root', 'ImageHead', 'over_time', 'ClipHead']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/vision/heads.ipynb #741c657a
+# %% ../../nbs/vision/heads.ipynb #f714616c
 class Standardize(nn.Module):
     "Subtract a mean, divide by a spread, cut at +-10, times a weight: all measured on training features, none trained."
     def __init__(self,
@@ -26,7 +26,7 @@ class Standardize(nn.Module):
         "Take mean and spread from training features; one that hardly varies (under 1 % of its size) stays at 0: that is rounding noise."
         spread = x.std(0, correction=0)
         varies = spread > 0.01 * x.abs().amax(0) + 1e-6
-        self.mean, self.std = x.mean(0), torch.where(varies, spread, torch.full_like(spread, torch.inf))
+        self.mean, self.std = x.mean(0), torch.where(varies, spread, torch.full_like(spread, 1e30))
 
     def forward(self, x: Tensor) -> Tensor: return ((x - self.mean) / self.std).clamp(-10, 10) * self.weight
 

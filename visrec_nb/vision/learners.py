@@ -85,7 +85,7 @@ def feature_loaders(
     loaders = DataLoader(sets[0], bs=bs, shuffle=True, drop_last=True, num_workers=0), DataLoader(sets[1], bs=256, num_workers=0)
     return DataLoaders(*loaders, device=torch.device("cpu"))
 
-# %% ../../nbs/vision/learners.ipynb #292020b1
+# %% ../../nbs/vision/learners.ipynb #65670838
 class VisionLearner(Learner):
     "A fastai `Learner` that remembers its catalog, fits its head on cached features, trains its network, and writes bundles."
     catalog: pl.DataFrame # the readable train and valid rows
@@ -98,7 +98,7 @@ class VisionLearner(Learner):
     columns: list[dict[str, Any]] # of the catalog, that stand beside the embedding
     seed: int
     history: list[dict[str, float]] # what `fit_head` tried
-    log: TrainingLog | None # what `fit_network` did
+    training_log: TrainingLog | None # what `fit_network` did
     _encoders: list[Path]
     _features: np.ndarray
     _pretrained: str # fingerprint of the backbone's weights
@@ -121,7 +121,7 @@ class VisionLearner(Learner):
         return (self.catalog["split"] == "train").to_numpy()
 
     @property
-    def targets(self) -> np.ndarray: # class numbers (N,), or bool (N, C)
+    def truth(self) -> np.ndarray: # class numbers (N,), or bool (N, C)
         "The truth, row by row of the catalog."
         return (class_indicators if self.multi_label else class_numbers)(self.catalog, self.labels)
 
@@ -151,7 +151,7 @@ class VisionLearner(Learner):
             fold = np.zeros(len(part), int)
         x, weights = self._features[train], sample_weights(part) if balance else None
         judged = self.judged_views if self.preprocessings[0]["media"] == "image" else [0]
-        self.history = fit_head_on(self.head, x, self.targets[train], fold, strengths, judged, weights)
+        self.history = fit_head_on(self.head, x, self.truth[train], fold, strengths, judged, weights)
         return self
 
     def fit_network(self,
@@ -161,8 +161,8 @@ class VisionLearner(Learner):
         "Train the whole network; may be killed and goes on from its checkpoint."
         if not isinstance(self.model, nn.Sequential):
             raise ParameterError("this learner's backbone is frozen (clips, several backbones, columns or components): use fit_head")
-        self.log = fit_network(self, epochs, *args, **kwargs)
-        return self.log
+        self.training_log = fit_network(self, epochs, *args, **kwargs)
+        return self.training_log
 
     def to_bundle(self,
         path: str | Path, # the bundle's folder
@@ -197,10 +197,10 @@ def train_both(
     rows = [(name, *result, n == kept) for n, (name, result) in enumerate(zip(("head", "whole network"), results, strict=True))]
     return pl.DataFrame(rows, schema=["road", "valid_loss", "accuracy", "seconds", "kept"], orient="row")
 
-# %% ../../nbs/vision/learners.ipynb #bfab6e37
+# %% ../../nbs/vision/learners.ipynb #9b315a91
 def _remember(learn: VisionLearner, found: Embedded, features: np.ndarray, **facts: Any) -> VisionLearner:
     learn.catalog, learn.skipped, learn._features = found.catalog, found.skipped, features
-    learn.history, learn.log = [], None
+    learn.history, learn.training_log = [], None
     for name, value in facts.items(): setattr(learn, name, value)
     return learn
 
@@ -216,7 +216,7 @@ def _readable(part: pl.DataFrame, labels: list[str], encoders: list[Path], prepr
     seed_everything(seed)
     return found
 
-# %% ../../nbs/vision/learners.ipynb #032f7724
+# %% ../../nbs/vision/learners.ipynb #24904906
 def image_learner(
     source: Any, # class folders, a catalog file or frame; a column `labels`: several labels an item
     arch: str | Sequence[str] = "efficientnet_lite0", # the backbone, or several side by side: see `backbones.backbone`
@@ -263,7 +263,7 @@ def image_learner(
     else:
         row = rows[0]
         dls = image_loaders(catalog, targets, train, row.size, row.mean, row.std, labels=labels, bs=bs, seed=seed, fit=fit,
-                            augment=augment, flip=flip, balance=balance, workers=workers)
+                            interpolation=row.interpolation, augment=augment, flip=flip, balance=balance, workers=workers)
         kwargs.setdefault("splitter", lambda m: [list(m[0].parameters()), [p for p in m[1].parameters() if p.requires_grad]])
     loss, metric = (BCEWithLogitsLossFlat(), accuracy_multi) if several else (CrossEntropyLossFlat(), accuracy)
     learn = VisionLearner(dls, model, loss_func=loss, **({"metrics": metric} | kwargs))
@@ -301,7 +301,7 @@ def video_learner(
     return _remember(learn, found, features, labels=labels, multi_label=False, preprocessings=preprocessings, judged=["clip"], rows=[row],
                      columns=[], seed=seed, _encoders=encoders, _pretrained="")
 
-# %% ../../nbs/vision/learners.ipynb #92bc42ed
+# %% ../../nbs/vision/learners.ipynb #8adc6072
 def still_frame_metrics(
     learn: VisionLearner, # from `video_learner`
     test: Evaluation, # of its bundle
@@ -311,6 +311,6 @@ def still_frame_metrics(
     dim, train = learn.row.dim, learn.train_rows
     head = ImageHead(dim, len(learn.labels))
     fold = fold_catalog(learn.catalog.filter(train), folds, seed=learn.seed)["fold"].to_numpy()
-    fit_head_on(head, learn._features[train][:, :1, :dim], learn.targets[train], fold)
+    fit_head_on(head, learn._features[train][:, :1, :dim], learn.truth[train], fold)
     right = head_logits(head, test.features[:, :1, :dim]).argmax(1) == test.targets
     return with_interval("still_frame_accuracy", right.mean(), wilson_interval(right.sum(), len(right)))

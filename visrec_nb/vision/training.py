@@ -8,7 +8,7 @@ __all__ = ['Seeded', 'EMA', 'BestEpoch', 'ProgressiveResize', 'StopOnNaN', 'Mix'
            'read_checkpoint', 'loop_state', 'load_loop_state', 'Checkpoint', 'Resume', 'CPUPrecision', 'precision_of',
            'fit_network']
 
-# %% ../../nbs/vision/training.ipynb #d0d0f39d
+# %% ../../nbs/vision/training.ipynb #4bf24e15
 import math, random, time, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,7 +35,7 @@ from ..core.errors import DataWarning, InputError, ParameterError
 from ..core.files import atomic_file, fingerprint, read_json, sha256_file, write_json
 from ..core.progress import show_progress
 from ..core.seeds import named_seed, seed_everything
-from .loaders import PhotoLoaders, RankLoader
+from .loaders import PhotoLoaders, rank_loader
 
 # %% ../../nbs/vision/training.ipynb #711bb00c
 class Seeded(Callback):
@@ -251,14 +251,16 @@ class TrainingLoss(Callback):
         "Put the learner's own loss back."
         if self.plain is not None: self.learn.loss_func = self.plain
 
-# %% ../../nbs/vision/training.ipynb #a1a4ba14
+# %% ../../nbs/vision/training.ipynb #d5074f5c
 class EpochLog(Callback):
     "A row an epoch: losses, metrics, seconds, learning rate, size of the pictures."
     order = 52
     def __init__(self,
         first: int = 0, # number of the first epoch
         frozen: bool = False, # whether the body stands still
-    ): self.first, self.frozen, self.rows, self.trained, self.earlier, self.begun = first, frozen, [], False, 0.0, 0.0
+    ):
+        self.first, self.frozen, self.trained, self.earlier, self.begun = first, frozen, False, 0.0, 0.0
+        self.rows: list[dict[str, Any]] = []
 
     def before_train(self): self.trained, self.begun = True, time.monotonic()
 
@@ -283,7 +285,7 @@ class TrainingLog:
     rows: pl.DataFrame # epoch, train_loss, valid_loss, the metrics, seconds, lr, size, frozen
     stopped: str # finished, or why it stopped before
     best_epoch: int | None # whose weights the network has, where patience was set
-    failed: pl.DataFrame # photos that could not be read: item_id, path, part, reason, times
+    failed: pl.DataFrame # photos that could not be read since the loaders were made: item_id, path, part, reason, times
     resumed_from: str | None # the checkpoint that it went on from
 
 # %% ../../nbs/vision/training.ipynb #f269ca1d
@@ -319,7 +321,7 @@ def restore_state(
     if kind == "float": return float(inner)
     return (tuple if kind == "tuple" else list)(restore_state(v, tensors) for v in inner)
 
-# %% ../../nbs/vision/training.ipynb #ff17d26e
+# %% ../../nbs/vision/training.ipynb #6bca1374
 def write_checkpoint(
     folder: str | Path, # made where it is missing
     name: str, # later ones sort later
@@ -340,6 +342,7 @@ def write_checkpoint(
             old.unlink()
             old.with_suffix(".safetensors").unlink(missing_ok=True)
     except (OSError, SafetensorError) as e:
+        if not (folder / f"{name}.json").is_file(): (folder / f"{name}.safetensors").unlink(missing_ok=True)
         last = latest_name(folder)
         raise CheckpointError(f"{folder}: a checkpoint could not be written ({e}); is the disk full? "
                               + (f"the last complete one is {last}" if last else "there is no complete one")) from e
@@ -496,7 +499,7 @@ def _precision(kind: str, device: torch.device) -> list[Callback]:
     if kind == "float32": return []
     return [MixedPrecision(AMPMode.BF16 if kind == "bf16" else AMPMode.FP16) if device.type == "cuda" else CPUPrecision()]
 
-# %% ../../nbs/vision/training.ipynb #ed0817b1
+# %% ../../nbs/vision/training.ipynb #577e8d07
 @contextmanager
 def _tidy(learn: Learner) -> Iterator[None]:
     "Leave the learner as it was, also after an interruption."
@@ -504,9 +507,9 @@ def _tidy(learn: Learner) -> Iterator[None]:
     kinds = [kind for kind in ("cpu", "cuda") if not torch.is_autocast_enabled(kind)]
     with ExitStack() as stack:
         if num_distrib() > 1:
-            gpu = dls.device.type == "cuda"
+            shares, gpu = [rank_loader(dl) for dl in loaders], dls.device.type == "cuda"
             if not hasattr(learn, "distributed_trainer"): stack.enter_context(learn.distrib_ctx(sync_bn=gpu, cpu=not gpu))
-            dls.loaders = [RankLoader(dl) for dl in loaders]
+            dls.loaders = shares
         if not show_progress():
             stack.enter_context(learn.no_bar())
             stack.enter_context(learn.no_logging())
@@ -545,7 +548,7 @@ def _run_facts(learn: Learner, settings: dict[str, Any]) -> dict[str, Any]:
     more = {"network": fingerprint(shapes), "loss": type(learn.loss_func).__name__, "processes": max(1, num_distrib())}
     return {**learn.dls.facts, **{k: _plain(v) for k, v in settings.items()}, **more}
 
-# %% ../../nbs/vision/training.ipynb #d5fa2a3a
+# %% ../../nbs/vision/training.ipynb #70b485d0
 def fit_network(
     learn: Learner, # with loaders from `image_loaders`
     epochs: int, # of the whole network
@@ -589,7 +592,7 @@ def fit_network(
         if opt_func is not None: learn.opt_func = opt_func
         log = _Run(learn, settings, loss, checkpoint, minutes, facts, cbs).train(state)
         _agree_on_weights(learn.model)
-    return TrainingLog(pl.DataFrame(log.rows), log.stopped, log.best_epoch, learn.dls.failed, name)
+    return TrainingLog(pl.DataFrame(log.rows, infer_schema_length=None), log.stopped, log.best_epoch, learn.dls.failed, name)
 
 def _beginning(folder: str | Path | None, facts: dict[str, Any], resume: bool) -> tuple[str | None, Any]:
     "Where the run begins: nowhere, or at a checkpoint."
@@ -600,7 +603,7 @@ def _beginning(folder: str | Path | None, facts: dict[str, Any], resume: bool) -
     if latest_name(folder): raise CheckpointError(f"{folder}: holds checkpoints; resume=True goes on from them, another folder begins anew")
     return None, None
 
-# %% ../../nbs/vision/training.ipynb #d27106b6
+# %% ../../nbs/vision/training.ipynb #19782c44
 @dataclass
 class _Run:
     "The stages of a training run."
@@ -641,13 +644,14 @@ class _Run:
         learn, s = self.learn, self.settings
         learn.create_opt()
         learn.freeze() if stage == 0 else learn.unfreeze()
-        cbs = {type(cb): cb for cb in self._callbacks(stage, first)}
-        log, nan, saver = cbs[EpochLog], cbs[StopOnNaN], None
+        cbs, saver = self._callbacks(stage, first), None
+        own: dict[type, Any] = {type(cb): cb for cb in reversed(cbs)}
+        log, nan, best = own[EpochLog], own[StopOnNaN], own.get(BestEpoch)
         log.rows = list(self.rows)
-        if self.folder is not None: cbs[Checkpoint] = saver = Checkpoint(self.folder, self.minutes, self.facts, stage)
-        if state is not None: cbs[Resume] = Resume(state)
+        if self.folder is not None: cbs.append(saver := Checkpoint(self.folder, self.minutes, self.facts, stage))
+        if state is not None: cbs.append(Resume(state))
         top = s["lr"] if stage else (s["lr"].stop if isinstance(s["lr"], slice) else s["lr"])
-        try: learn.fit_one_cycle(epochs, top, wd=s["wd"], cbs=list(cbs.values()), pct_start=s["pct_start"] if stage else 0.99)
+        try: learn.fit_one_cycle(epochs, top, wd=s["wd"], cbs=cbs, pct_start=s["pct_start"] if stage else 0.99)
         except KeyboardInterrupt:
             if self.folder is not None:
                 kept = latest_name(self.folder)
@@ -655,7 +659,7 @@ class _Run:
                 warnings.warn(f"training was interrupted in epoch {learn.epoch}: {what} ({self.folder})", DataWarning, stacklevel=3)
             raise
         if saver is not None and saver.error is not None: raise saver.error
-        self.rows, best = log.rows, cbs.get(BestEpoch)
+        self.rows = log.rows
         if best is not None and best.epoch_of_best >= 0: self.best_epoch = first + best.epoch_of_best
         if nan.reason: self.stopped = nan.reason
         elif len(self.rows) < first + epochs: self.stopped = f"no lower validation loss for {s['patience']} epochs"
