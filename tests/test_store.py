@@ -169,7 +169,8 @@ def test_the_larger_packaged_backbones_name_a_photo_and_agree_with_torch(size):
     from PIL import ImageOps
     from sklearn.datasets import load_sample_image
 
-    from visrec_nb.vision.backbones import _load_in_order, _packaged_state, backbone, from_pixels
+    from visrec_nb.vision.backbones import _load_in_order, _packaged_state, backbone
+    from visrec_nb.vision.export import from_pixels
     from visrec_nb.vision.encoder import open_encoder
     from visrec_nb.vision.torch_encoder import torch_encoder
 
