@@ -272,11 +272,11 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #de38fd1f
-def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False, **facts: Any) -> None:
+# %% ../nbs/cli.ipynb #4131f3a4
+def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
-    model = learn.to_bundle(out, int8, **facts) if int8 else learn.to_bundle(out, **facts)
+    model = learn.to_bundle(out, int8)
     part = "test" if "split" in catalog.columns and (catalog["split"] == "test").any() else None
     metrics = {}
     if part:
@@ -381,7 +381,7 @@ def _read_items(path: Path | None) -> "pl.DataFrame | None":
     try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
 
-# %% ../nbs/cli.ipynb #0e126630
+# %% ../nbs/cli.ipynb #812f3c28
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
@@ -427,25 +427,21 @@ def evaluate(
         from visrec_nb.data.catalog import read_catalog
         catalog = read_catalog(source)
         part = "test" if "split" in catalog.columns and (catalog["split"] == "test").any() else None
-        found = open_classifier(bundle).evaluate(catalog, part, cache_dir("embeddings"))
+        model = open_classifier(bundle)
+        found = model.evaluate(catalog, part, cache_dir("embeddings"))
         metrics = found.metrics
         _tell_skipped(found.skipped)
-        if compare is not None: metrics |= _compared(open_classifier(compare), found, cache_dir("embeddings"))
+        if compare is not None:
+            from visrec_nb.reports.classifiers import compared
+            versus = compared(model, found, compare, catalog, part, cache_dir("embeddings"))
+            first = metrics["map" if model.multi_label else "accuracy"]
+            metrics |= {"compared_with": str(compare), "other_accuracy": first - versus["difference"], **versus}
     if as_json: _print_json(metrics)
     else:
         for key, value in metrics.items():
             if not key.endswith(("_ci_low", "_ci_high")):
                 between = f"  ({metrics[key + '_ci_low']:.4f} to {metrics[key + '_ci_high']:.4f})" if f"{key}_ci_low" in metrics else ""
                 typer.echo(f"{key:<16} {value:.4f}{between}" if isinstance(value, float) else f"{key:<16} {value}")
-
-def _compared(other: Any, found: Any, store: Path) -> dict[str, Any]: # compared_with, and the differences, first bundle minus the other
-    "Another bundle on the same items."
-    from visrec_nb.vision.comparison import compare_classifiers
-    theirs = other.evaluate(found.catalog, None, store)
-    if theirs.probs.shape != found.probs.shape:
-        raise InputError(f"{other.path}: its labels, or the files it can read, are not those of the first bundle")
-    result = compare_classifiers(found.probs, theirs.probs, found.targets)
-    return {"compared_with": str(other.path), "other_accuracy": theirs.metrics.get("accuracy", theirs.metrics.get("map")), **result}
 
 @app.command()
 def recommend(
@@ -529,7 +525,7 @@ def report_run(
     if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
     else: typer.echo(str(run.folder / "index.html"))
 
-# %% ../nbs/cli.ipynb #07a22083
+# %% ../nbs/cli.ipynb #0925b9a0
 def main() -> None:
     "The console script."
     if not sys.warnoptions and not os.environ.get("VISREC_DEBUG"): _quiet_libraries()
@@ -552,7 +548,7 @@ def _quiet_libraries() -> None:
     "Of warnings, only those about the user's data are shown, a line each."
     def show(message, category, filename, lineno, file=None, line=None): _note(f"note: {message}")
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", DataWarning)
+    warnings.simplefilter("once", DataWarning)
     warnings.showwarning = show
 
 def _leave(message: str, status: int) -> int:

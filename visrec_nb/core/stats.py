@@ -13,7 +13,7 @@ from .seeds import rng
 
 if TYPE_CHECKING: import numpy as np
 
-# %% ../../nbs/core/stats.ipynb #475940c5
+# %% ../../nbs/core/stats.ipynb #afd64506
 def wilson_interval(
     successes: float, # how many hits
     n: int, # of how many
@@ -24,7 +24,7 @@ def wilson_interval(
     p, zz = successes / n, z * z
     centre = (p + zz / (2 * n)) / (1 + zz / n)
     half = z / (1 + zz / n) * (p * (1 - p) / n + zz / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
 
 # %% ../../nbs/core/stats.ipynb #550dced2
 def bootstrap_interval(

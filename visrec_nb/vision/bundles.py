@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GAP', 'PROMISES', 'head_logits', 'weights_fingerprint', 'write_classifier_bundle']
 
-# %% ../../nbs/vision/bundles.ipynb #ac35930f
+# %% ../../nbs/vision/bundles.ipynb #32f45afc
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,9 @@ from ..data.catalog import catalog_fingerprint
 from .calibration import choose_thresholds, conformal_state, fit_temperature, threshold_for
 from .evaluation import log_loss, sigmoid, softmax
 from .export import check_onnx, export_encoder, export_onnx, quantize_encoder
-from .features import embed_all, read_item
+from .features import embed_all, plain_pixels
 from .head_fitting import one_thread
+from .metadata import beside, column_values
 from .predictor import ClassifierBundle
 
 if TYPE_CHECKING: from visrec_nb.vision.learners import VisionLearner
@@ -45,7 +46,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()): digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/vision/bundles.ipynb #28a46d89
+# %% ../../nbs/vision/bundles.ipynb #174ea7ab
 MOST_GAP = 1e-4
 
 def _write_encoders(learn: "VisionLearner", folder: Path, int8: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -66,7 +67,7 @@ def _write_encoders(learn: "VisionLearner", folder: Path, int8: bool) -> tuple[l
 def _pixels(learn: "VisionLearner", how: dict[str, Any], train: bool, most: int) -> np.ndarray: # uint8 (n, S, S, 3)
     part = learn.catalog.filter(learn.train_rows == train)
     part = part.sample(min(most, len(part)), seed=learn.seed)
-    return np.concatenate([read_item(path, {**how, "views": ["plain"]} if "views" in how else how)[0] for path in part["path"]])[:most]
+    return plain_pixels(part["path"], how)[:most]
 
 def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
     "The largest difference in probability between torch and the graph, from pixels."
@@ -78,7 +79,7 @@ def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
         vectors = model[0](seen.permute(0, 3, 1, 2)).numpy()
     return check_onnx(file, {"pixels": pixels}, vectors, MOST_GAP, lambda v: activate(head_logits(model[1], v[:, None])))
 
-# %% ../../nbs/vision/bundles.ipynb #6e6bafc1
+# %% ../../nbs/vision/bundles.ipynb #8d0ecafc
 PROMISES = (0.9, 0.95, 0.98, 0.99)
 
 def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -112,8 +113,7 @@ def write_classifier_bundle(
         if int8 or learn.body_changed():
             files = [folder / e["file"] for e in manifest["encoders"]]
             found = embed_all(valid, files, [e["preprocessing"] for e in manifest["encoders"]])
-            columns = exact.shape[2] - found.features.shape[2]
-            features = np.concatenate([found.features, exact[..., exact.shape[2] - columns:]], axis=2)
+            features = beside(found.features, column_values(found.catalog, learn.columns))
         targets, activate = learn.truth[~train], sigmoid if learn.multi_label else softmax
         logits = head_logits(learn.head.cpu(), features)
         example = torch.from_numpy(np.ascontiguousarray(np.repeat(features[:1], 2, 0)))

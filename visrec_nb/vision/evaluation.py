@@ -35,11 +35,10 @@ def sigmoid(
     "Probabilities of labels that an item may have several of, from logits."
     return 0.5 * (1 + np.tanh(logits.astype(np.float64) / (2 * temperature)))
 
-# %% ../../nbs/vision/evaluation.ipynb #1e33a9db
+# %% ../../nbs/vision/evaluation.ipynb #b46b6a0b
 def share_with_interval(name: str, hits: float, n: int) -> dict[str, float]: # the three entries for `metrics.json`
     "A share with Wilson's interval."
-    low, high = wilson_interval(hits, n)
-    return with_interval(name, hits / n, (min(low, hits / n), max(high, hits / n)))
+    return with_interval(name, hits / n, wilson_interval(hits, n))
 
 def check_predictions(
     probs: np.ndarray, # (N, C)

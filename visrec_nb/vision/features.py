@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'VIEWS', 'ALL_VIEWS', 'image_preprocessing', 'clip_preprocessing', 'read_photo', 'read_clip_frames', 'read_item',
-           'encode_item', 'Batch', 'stream_features', 'Embedded', 'view_key', 'embed', 'embed_all', 'preprocessing_for',
-           'catalog_vectors']
+           'plain_pixels', 'encode_item', 'Batch', 'stream_features', 'Embedded', 'view_key', 'embed', 'embed_all',
+           'preprocessing_for', 'catalog_vectors']
 
 # %% ../../nbs/vision/features.ipynb #6c4688e9
 import hashlib, threading
@@ -30,7 +30,7 @@ from .store import EmbeddingStore
 
 T = TypeVar("T")
 
-# %% ../../nbs/vision/features.ipynb #9687eb66
+# %% ../../nbs/vision/features.ipynb #638e7eb6
 VIEWS = ("plain", "flip", "crop", "crop_flip")
 _EDGES = {"crop": (1, 1), "left": (1, 0), "right": (1, 2), "top": (0, 1), "bottom": (2, 1)} # edges left out above, and to the left
 ALL_VIEWS = ("plain", "flip", *(side + turn for side in _EDGES for turn in ("", "_flip")))
@@ -104,6 +104,14 @@ def read_item(
     name = "image" if held else str(source)
     views = read_photo(data, preprocessing["size"], preprocessing["views"], name, **_fitting(preprocessing))
     return views, np.zeros((len(views), 0), np.float32)
+
+def plain_pixels(
+    paths: Iterable[str | Path], # photos or clips that can be read
+    preprocessing: Mapping[str, Any], # from one of the functions above
+) -> np.ndarray: # uint8 (N, size, size, 3): a row a photo, seen once as it is; a row a moment of each clip
+    "Files as an encoder sees them."
+    size, how = preprocessing["size"], {**preprocessing, "views": ["plain"]}
+    return np.concatenate([np.zeros((0, size, size, 3), np.uint8), *(read_item(path, how)[0] for path in paths)])
 
 def _fitting(preprocessing: Mapping[str, Any]) -> dict[str, str]:
     "How a photo gets its size; a bundle of former times does not say it."

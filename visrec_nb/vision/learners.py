@@ -6,7 +6,7 @@
 __all__ = ['training_part', 'feature_loaders', 'VisionLearner', 'train_both', 'image_learner', 'video_learner',
            'still_frame_metrics']
 
-# %% ../../nbs/vision/learners.ipynb #cd7af3e0
+# %% ../../nbs/vision/learners.ipynb #986a7db1
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ from .features import Embedded, clip_preprocessing, embed_all, image_preprocessi
 from .head_fitting import STRENGTHS, fit_head_on
 from .heads import ClipHead, ImageHead
 from .loaders import image_loaders
-from .metadata import column_facts, column_values
+from .metadata import beside, column_facts, column_values
 from .predictor import ClassifierBundle, Evaluation
 from .training import TrainingLog, fit_network
 
@@ -216,7 +216,7 @@ def _readable(part: pl.DataFrame, labels: list[str], encoders: list[Path], prepr
     seed_everything(seed)
     return found
 
-# %% ../../nbs/vision/learners.ipynb #24904906
+# %% ../../nbs/vision/learners.ipynb #366b3505
 def image_learner(
     source: Any, # class folders, a catalog file or frame; a column `labels`: several labels an item
     arch: str | Sequence[str] = "efficientnet_lite0", # the backbone, or several side by side: see `backbones.backbone`
@@ -251,7 +251,7 @@ def image_learner(
     catalog, train, several = found.catalog, (found.catalog["split"] == "train").to_numpy(), "labels" in found.catalog.columns
     targets = (class_indicators if several else class_numbers)(catalog, labels)
     facts = column_facts(catalog.filter(train), columns)
-    features = _beside(found.features, column_values(catalog, facts))
+    features = beside(found.features, column_values(catalog, facts))
     dim = sum(row.dim for row in rows)
     head = ImageHead(dim, len(labels), dropout, features.shape[2] - dim, components)
     head.measure(torch.from_numpy(features[train]))
@@ -269,10 +269,6 @@ def image_learner(
     learn = VisionLearner(dls, model, loss_func=loss, **({"metrics": metric} | kwargs))
     return _remember(learn, found, features, labels=labels, multi_label=several, preprocessings=preprocessings, judged=list(judged),
                      rows=rows, columns=facts, seed=seed, _encoders=encoders, _pretrained="" if body is None else weights_fingerprint(body))
-
-def _beside(features: np.ndarray, values: np.ndarray) -> np.ndarray: # float32 (N, T, F + M)
-    if not values.shape[1]: return features
-    return np.concatenate([features, np.broadcast_to(values[:, None], (*features.shape[:2], values.shape[1]))], axis=2)
 
 # %% ../../nbs/vision/learners.ipynb #b6463f0f
 def video_learner(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_SCHEMA', 'ClassifierBundle', 'Evaluation']
 
-# %% ../../nbs/vision/predictor.ipynb #b12e452a
+# %% ../../nbs/vision/predictor.ipynb #7513a08e
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,13 @@ from ..core.bundle import verify_bundle
 from ..core.errors import BundleError, CatalogError, DataWarning, InputError, ParameterError
 from ..core.progress import in_order
 from ..data.catalog import class_indicators, class_numbers, read_catalog
-from .calibration import conformal_metrics, conformal_sets
+from .calibration import answered_metrics, conformal_metrics, conformal_sets
 from .encoder import Encoder, cores, onnx_session, run_onnx
 from .evaluation import classification_metrics, multi_label_metrics, sigmoid, softmax
 from .features import Embedded, embed_all, stream_features
-from .metadata import column_values
+from .metadata import beside, column_values
 
-# %% ../../nbs/vision/predictor.ipynb #792e3c1a
+# %% ../../nbs/vision/predictor.ipynb #56c0379d
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
@@ -73,8 +73,7 @@ class ClassifierBundle:
         if not self.columns: return features
         names = ", ".join(c["name"] for c in self.columns)
         if frame is None: raise ParameterError(f"the model also looks at the columns {names}: give a frame with path, {names}")
-        values = column_values(frame, self.columns)
-        return np.concatenate([features, np.broadcast_to(values[:, None], (*features.shape[:2], values.shape[1]))], axis=2)
+        return beside(features, column_values(frame, self.columns))
 
     def embed(self,
         catalog: pl.DataFrame, # with `path`
@@ -110,21 +109,15 @@ class ClassifierBundle:
         features = self.with_columns(found.features, found.catalog)
         probs = self.probabilities(features)
         targets: np.ndarray = (class_indicators if self.multi_label else class_numbers)(found.catalog, self.labels)
-        if self.thresholds is None: metrics = classification_metrics(probs, targets, seed) | self._promises(probs, targets)
+        if self.thresholds is None: metrics = classification_metrics(probs, targets, seed) | self._promises(probs, targets, seed)
         else: metrics = multi_label_metrics(probs, targets, self.thresholds, seed)
         metrics |= {"skipped": found.skipped.height, "unknown_labels": unknown}
         return Evaluation(metrics, probs, targets, found.catalog, found.skipped, features)
 
-    def _promises(self, probs: np.ndarray, targets: np.ndarray, promise: float = 0.95) -> dict[str, float]:
-        "How the promises that were made on validation items hold: sets of labels, and answers above the certainty for 95 %."
-        from visrec_nb.core.stats import wilson_interval, with_interval
-        found = conformal_metrics(probs, targets, self.manifest["conformal"]) if "conformal" in self.manifest else {}
-        limit, name = self.manifest.get("sure_above", {}).get(str(promise)), f"{100 * promise:.0f}"
-        if limit is None: return found
-        sure, right = probs.max(1) >= limit, probs.argmax(1) == targets
-        found |= with_interval(f"answered@{name}", sure.mean(), wilson_interval(sure.sum(), len(sure)))
-        if not sure.any(): return found
-        return found | with_interval(f"accuracy_answered@{name}", right[sure].mean(), wilson_interval(right[sure].sum(), sure.sum()))
+    def _promises(self, probs: np.ndarray, targets: np.ndarray, seed: int) -> dict[str, float]:
+        "How the promises that were made on validation items hold: sets of labels, and answers that are sure enough."
+        found = conformal_metrics(probs, targets, self.manifest["conformal"], seed=seed) if "conformal" in self.manifest else {}
+        return found | answered_metrics(probs, targets, self.manifest.get("sure_above", {}))
 
     def _known(self, catalog: pl.DataFrame, column: str) -> tuple[pl.DataFrame, int]:
         "The items all of whose labels the bundle knows; how many others there were."
