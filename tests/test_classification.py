@@ -173,6 +173,7 @@ def test_the_command_line(photos, tmp_path):
     for wrong, words in ((("predict", tmp_path / "b", photos["path"][0]), "price"),
                          (("train", "image", catalog, "--out", tmp_path / "d", "--arch", "resnet19", "--head-only"), "did you mean"),
                          (("train", "image", catalog, "--out", tmp_path / "d", "--columns", "price"), "--head-only"),
-                         (("train", "image", catalog, "--out", tmp_path / "d", "--fit", "stretch", "--head-only"), "squash")):
+                         (("train", "image", catalog, "--out", tmp_path / "d", "--fit", "stretch", "--head-only"), "squash"),
+                         (("train", "image", tmp_path / "nowhere", "--out", catalog), "is not a bundle")): # asked before anything is read
         run = visrec(*wrong, ok=False)
         assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr

@@ -272,7 +272,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #4131f3a4
+# %% ../nbs/cli.ipynb #ae1fa7c6
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -310,9 +310,11 @@ def train_image(
 ) -> None:
     "Train an image classifier: the head, then the whole network; what is better on the validation part is kept."
     import shutil
+    from visrec_nb.core.bundle import require_place
     from visrec_nb.data.catalog import read_catalog
     from visrec_nb.vision.learners import image_learner, train_both
     if epochs < 1 and not head_only: raise ParameterError(f"--epochs {epochs}: at least 1, or --head-only")
+    require_place(out)
     names, extra = arch or ["efficientnet_lite0"], [c.strip() for c in columns.split(",") if c.strip()]
     if not head_only and (len(names) > 1 or extra): raise ParameterError("several backbones or columns are for the head: add --head-only")
     catalog = read_catalog(source)
@@ -338,8 +340,10 @@ def train_video(
     as_json: Json = False,
 ) -> None:
     "Train a video classifier on frame embeddings and motion."
+    from visrec_nb.core.bundle import require_place
     from visrec_nb.data.catalog import read_catalog
     from visrec_nb.vision.learners import video_learner
+    require_place(out)
     catalog = read_catalog(source)
     learn = video_learner(catalog, arch, seed=seed)
     _tell_left_out(learn)
@@ -359,12 +363,14 @@ def train_recommender(
 ) -> None:
     "Train a recommender."
     from visrec_nb import recsys
+    from visrec_nb.core.bundle import require_place
     from visrec_nb.core.files import sha256_file
     from visrec_nb.data.interactions import read_interactions
     from visrec_nb.recsys.evaluation import evaluate
     makers = {"hybrid": lambda: recsys.Hybrid(recsys.ALS(seed=seed)), "als": lambda: recsys.ALS(seed=seed), "item_item": recsys.ItemItem,
               "content": recsys.Content, "popularity": recsys.Popularity}
     if model not in makers: raise ParameterError(f"--model {model}: one of {', '.join(makers)} is meant")
+    require_place(out)
     if items is None and model in ("hybrid", "content"): raise ParameterError(f"--model {model} needs --items FILE, the items' features")
     events = read_interactions(log, weight=weight, duplicates=duplicates)
     rec = makers[model]().fit(events, items=_read_items(items))

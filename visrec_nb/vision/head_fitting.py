@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.progress import track
 from .heads import ClipHead, ImageHead
 
-# %% ../../nbs/vision/head_fitting.ipynb #0af717a0
+# %% ../../nbs/vision/head_fitting.ipynb #24becb61
 @contextmanager
 def one_thread() -> Iterator[None]:
     "One torch thread: for small arrays more only wait for each other, on a busy machine for long; and sums keep their order."
@@ -33,31 +33,35 @@ def fit_linear(
     targets: Tensor, # class numbers (N,), or 0 and 1 as float (N, C)
     classes: int, # C
     strength: float, # of the punishment, for inputs of length 1
-    weights: Tensor | None = None, # float (N,) say of each item; None: all the same
+    weights: Tensor | None = None, # float (N,) say of each item; (K, N): K fits at once; None: all the same
     start: tuple[Tensor, Tensor] | None = None, # weight and bias to begin from
     steps: int = 300, # at most
-) -> tuple[Tensor, Tensor]: # weight (C, D), bias (C,)
+    tolerance: float = 1e-8, # a step that changes the loss by less is the last
+) -> tuple[Tensor, Tensor]: # weight (C, D), bias (C,); with K fits (K, C, D) and (K, C)
     "L2-regularised logistic regression, by L-BFGS."
     length = float(inputs.square().sum(1).mean().sqrt()) or 1.0
-    weight, bias = (torch.zeros(classes, inputs.shape[1]), torch.zeros(classes)) if start is None else (start[0] * length, start[1].clone())
-    say = None if weights is None else weights / weights.sum()
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimiser = torch.optim.LBFGS(parameters, max_iter=steps, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-8,
-                                  line_search_fn="strong_wolfe")
+    say = torch.ones(1, len(inputs)) if weights is None else weights.reshape(-1, len(inputs))
+    say = say / say.sum(1, keepdim=True)
+    fits, goals = len(say), targets.repeat(len(say), *[1] * (targets.ndim - 1))
+    weight, bias = (torch.zeros(fits * classes, inputs.shape[1]), torch.zeros(fits * classes)) if start is None else start
+    weight, bias = weight.reshape(fits * classes, -1) * length, bias.flatten().clone()
+    optimiser = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=steps, history_size=10,
+                                  tolerance_grad=10 * tolerance, tolerance_change=tolerance, line_search_fn="strong_wolfe")
     def loss() -> Tensor:
         optimiser.zero_grad()
-        each = _losses(F.linear(inputs, weight / length, bias), targets)
-        total = (each.mean() if say is None else each @ say) + strength / 2 * weight.square().sum()
+        logits = F.linear(inputs, weight / length, bias).view(-1, fits, classes).transpose(0, 1).reshape(-1, classes)
+        total = _losses(logits, goals) @ say.flatten() + strength / 2 * weight.square().sum()
         total.backward()
         return total
     if not torch.isfinite(optimiser.step(loss)): raise InputError("the features or weights are not finite: the head cannot be fitted")
-    return weight.detach() / length, bias.detach()
+    shape = (classes,) if weights is None or weights.ndim == 1 else (fits, classes)
+    return (weight.detach() / length).view(*shape, -1), bias.detach().view(shape)
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor: # (N,)
     if targets.ndim == 1: return F.cross_entropy(logits, targets, reduction="none")
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
-# %% ../../nbs/vision/head_fitting.ipynb #56b98c70
+# %% ../../nbs/vision/head_fitting.ipynb #e68a679c
 STRENGTHS = tuple(float(f"{10 ** -power:.1e}") for power in np.arange(2, 6.75, 0.5))
 
 def fit_head_on(
@@ -89,15 +93,16 @@ def fit_head_on(
 
 def _cross_validate(flat: Tensor, y: Tensor, goal: Tensor, fold: Tensor, classes: int, strengths: Sequence[float], judged: Sequence[int],
                     say: Tensor, views: int) -> list[dict[str, float]]:
-    starts: dict[int, tuple[Tensor, Tensor]] = {}
+    folds = fold.unique()
+    without = torch.stack([(say * (fold != left_out)).repeat_interleave(views) for left_out in folds])
+    seen = flat.view(len(goal), views, -1)[:, list(judged) if views > 1 else [0]]
+    fitted: tuple[Tensor, Tensor] | None = None
     tried: list[dict[str, float]] = []
     for strength in track(strengths, "choosing the strength"):
+        fitted = fit_linear(flat, y, classes, strength, without, fitted, tolerance=1e-6)
         logits = torch.zeros(len(goal), classes)
-        for left_out in map(int, fold.unique()):
-            rows = fold == left_out
-            starts[left_out] = fit_linear(flat, y, classes, strength, (say * ~rows).repeat_interleave(views), starts.get(left_out))
-            seen = flat.view(len(goal), views, -1)[rows][:, list(judged) if views > 1 else [0]]
-            logits[rows] = F.linear(seen, *starts[left_out]).mean(1)
+        for left_out, weight, bias in zip(folds, *fitted, strict=True):
+            logits[fold == left_out] = F.linear(seen[fold == left_out], weight, bias).mean(1)
         right = ((logits > 0) == goal.bool()).all(1) if goal.ndim == 2 else logits.argmax(1) == goal
         loss = float(_losses(logits, goal) @ say / say.sum())
         tried.append({"strength": strength, "log_loss": loss, "accuracy": float(right.float().mean())})
