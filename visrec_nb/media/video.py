@@ -117,7 +117,7 @@ def _opened(path: str | Path, max_bytes: int, max_pixels: int, max_frames: int) 
     except av.FFmpegError as e: raise MediaError(path, f"cannot be decoded as a video ({e.strerror or e})") from e
     except Exception as e: raise MediaError(path, f"cannot be decoded as a video ({e or type(e).__name__})") from e
 
-# %% ../../nbs/media/video.ipynb #971d3f06
+# %% ../../nbs/media/video.ipynb #9dd8419b
 class Facts(NamedTuple):
     "What a video's header and first frame say."
     seconds: float # from the first frame to the end of the last
@@ -147,17 +147,30 @@ def _header_seconds(stream: Any) -> float:
     except ValueError: return 0.0
     return seconds if 0 < seconds < 1e9 else 0.0
 
-def _length(path: str | Path, stream: Any, limits: tuple[int, int, int], exact: bool = False) -> tuple[float, int, float]:
-    "Seconds, frames (0: not known, and not asked for exactly), frames a second."
+class _Length(NamedTuple):
+    seconds: float
+    frames: int # 0: not known, and not asked for exactly
+    fps: float
+    counted: bool # the frames' own times say nothing: they are counted
+
+def _without_clock(stream: Any) -> bool:
+    "Whether most frames share their time with another one: asked of the index, where the header's length is absurd."
+    rate = float(stream.guessed_rate or 0)
+    if not rate or not stream.frames or stream.frames < 2 * rate * _header_seconds(stream): return False
+    times = {entry.timestamp for entry in stream.index_entries}
+    return 2 * len(times) <= len(stream.index_entries)
+
+def _length(path: str | Path, stream: Any, limits: tuple[int, int, int], exact: bool = False) -> _Length:
+    if _without_clock(stream): return _Length(stream.frames / float(stream.guessed_rate), stream.frames, float(stream.guessed_rate), True)
     seconds, frames, rate = _header_seconds(stream), stream.frames, float(stream.average_rate or stream.guessed_rate or 0)
     if not seconds or (not frames and (exact or not rate)):
         counted, packets = _count_packets(path, limits)
         seconds, frames = seconds or counted, frames or packets
         if not frames: raise MediaError(path, "holds no frames")
     if not seconds: seconds = frames / (rate or 25.0)
-    return seconds, frames, rate or frames / seconds
+    return _Length(seconds, frames, rate or frames / seconds, False)
 
-# %% ../../nbs/media/video.ipynb #431bca7b
+# %% ../../nbs/media/video.ipynb #9b9c1b73
 def probe(
     path: str | Path, # a video file on this machine
     *,
@@ -168,22 +181,23 @@ def probe(
     "Length, rate and upright size of a video, from its header and its first frame."
     limits = (max_bytes, max_pixels, max_frames)
     with _opened(path, *limits) as (container, stream):
-        seconds, frames, fps = _length(path, stream, limits, exact=True)
+        seconds, frames, fps, _ = _length(path, stream, limits, exact=True)
         first = next(container.decode(stream), None)
         if first is None: raise MediaError(path, "holds no frames")
         rotation = round(first.rotation / 90) * 90 % 360
         width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
         return Facts(seconds, frames, fps, width, height, rotation)
 
-# %% ../../nbs/media/video.ipynb #b7b74083
+# %% ../../nbs/media/video.ipynb #4cd1de37
 SEEK_AHEAD = 8
 
 class _Reader:
     "Yields the frames shown at rising times."
-    def __init__(self, container: Any, stream: Any, path: str | Path, seconds: float, fps: float, max_pixels: int, max_frames: int):
+    def __init__(self, container: Any, stream: Any, path: str | Path, seconds: float, fps: float, counted: bool,
+                 max_pixels: int, max_frames: int):
         self.container, self.stream, self.path, self.seconds, self.fps = container, stream, path, seconds, fps
-        self.max_pixels, self.frames_left = max_pixels, max_frames
-        self.seeking = len(stream.index_entries) > 1
+        self.max_pixels, self.frames_left, self.counted = max_pixels, max_frames, counted
+        self.seeking = len(stream.index_entries) > 1 and not counted
         self.unordered = container.format.name == "avi"
         self.held: Any = None
         self._restart(None)
@@ -201,7 +215,7 @@ class _Reader:
         self.frames_left -= 1
         if self.frames_left < 0: raise MediaError(self.path, "more frames than the limit")
         if self.ahead.width * self.ahead.height > self.max_pixels: raise MediaError(self.path, "a frame is larger than the limit of pixels")
-        tick = self.ahead.dts if self.unordered else self.ahead.pts
+        tick = None if self.counted else self.ahead.dts if self.unordered else self.ahead.pts
         if tick is not None: self.ahead_time = float(tick * self.ahead.time_base)
         else: self.ahead_time = self.ahead_time + 1 / self.fps if self.count else 0.0
         self.count += 1
@@ -268,7 +282,7 @@ def _check_clip_size(path: str | Path, size: tuple[int, int], num_frames: int, m
     if (needed := num_frames * size[0] * size[1] * 3) > max_clip_bytes:
         raise MediaError(path, f"the clip would take {needed:,} bytes, more than the limit of {max_clip_bytes:,}")
 
-# %% ../../nbs/media/video.ipynb #ae6f5878
+# %% ../../nbs/media/video.ipynb #b832af0a
 class Clip(NamedTuple):
     "Frames of a video and when they are shown."
     frames: np.ndarray # uint8 (T, H, W, 3), RGB
@@ -295,13 +309,13 @@ def _frame_window(path: str | Path, total: int, frame_range: tuple[int, int | No
     if first >= total: raise MediaError(path, f"a clip from frame {first} was asked for and the video has {total}, counted from 0")
     return first, min(total if stop is None else stop, total)
 
-def _frame_times(path: str | Path, fps: float, limits: tuple[int, int, int]) -> np.ndarray:
+def _frame_times(path: str | Path, fps: float, counted: bool, limits: tuple[int, int, int]) -> np.ndarray:
     "When each frame is shown, in the order of showing: seconds, as the container counts."
     with _opened(path, *limits) as (container, stream):
         coded = container.format.name == "avi"
         times = [p.dts if coded or p.pts is None else p.pts for p in _packets(path, container, stream, limits[2])]
         if not times: raise MediaError(path, "holds no frames")
-        if any(t is None for t in times): return np.arange(len(times)) / fps
+        if counted or any(t is None for t in times): return np.arange(len(times)) / fps
         return np.sort(np.array(times, np.float64)) * float(stream.time_base)
 
 def _by_time(reader: _Reader, sampling: str, count: int, start: float, length: float, end: float, frame_stride: int,
@@ -320,7 +334,7 @@ def _by_number(reader: _Reader, sampling: str, count: int, times: np.ndarray, wi
     origin = times[0] if reader.unordered else reader.origin
     for time in (times[numbers] - origin).tolist(): yield reader.at(max(time, 0.0))
 
-# %% ../../nbs/media/video.ipynb #5897d1a9
+# %% ../../nbs/media/video.ipynb #0724bfda
 def read_clip(
     path: str | Path, # a video file on this machine
     num_frames: int = 16, # T, how many frames
@@ -344,17 +358,17 @@ def read_clip(
         raise ParameterError("frame_range and start or seconds are two ways to give the window: choose one")
     if frame_stride < 1: raise ParameterError(f"frame_stride={frame_stride}: must be at least 1")
     with _opened(path, *limits) as (container, stream):
-        total, _, fps = _length(path, stream, limits)
+        total, _, fps, counted = _length(path, stream, limits)
         length = _window(path, total, start, seconds, max_seconds)
         _check_clip_size(path, wanted or (stream.codec_context.height, stream.codec_context.width), num_frames, max_clip_bytes)
-        times = None if frame_range is None else _frame_times(path, fps, limits)
-        reader = _Reader(container, stream, path, total, fps, max_pixels, max_frames)
+        times = None if frame_range is None else _frame_times(path, fps, counted, limits)
+        reader = _Reader(container, stream, path, total, fps, counted, max_pixels, max_frames)
         end = np.inf if seconds is None else start + seconds
         if times is None or frame_range is None: shown = _by_time(reader, sampling, num_frames, start, length, end, frame_stride, rng)
         else: shown = _by_number(reader, sampling, num_frames, times, _frame_window(path, len(times), frame_range), frame_stride, rng)
         return Clip(*_collect(shown, num_frames, wanted, path, max_clip_bytes))
 
-# %% ../../nbs/media/video.ipynb #2e659e79
+# %% ../../nbs/media/video.ipynb #d42b747a
 class Pairs(NamedTuple):
     "Pairs of frames a moment apart."
     first: np.ndarray # uint8 (N, H, W, 3), RGB
@@ -380,7 +394,7 @@ def read_pairs(
     wanted, limits = _height_width(size), (max_bytes, max_pixels, max_frames)
     if gap <= 0: raise ParameterError(f"gap={gap}: must be above 0 seconds")
     with _opened(path, *limits) as (container, stream):
-        total, _, fps = _length(path, stream, limits)
+        total, _, fps, counted = _length(path, stream, limits)
         length = _window(path, total, start, seconds, max_seconds)
         _check_clip_size(path, wanted or (stream.codec_context.height, stream.codec_context.width), 2 * num_segments, max_clip_bytes)
         apart = max(gap, 1 / fps)
@@ -388,7 +402,7 @@ def read_pairs(
         begin = np.clip(middles - apart / 2, 0, max(total - apart - 0.5 / fps, 0))
         times = np.stack([begin, begin + apart], 1).ravel()
         order = np.argsort(times, kind="stable")
-        reader = _Reader(container, stream, path, total, fps, max_pixels, max_frames)
+        reader = _Reader(container, stream, path, total, fps, counted, max_pixels, max_frames)
         frames, real = _collect((reader.at(t) for t in times[order].tolist()), len(order), wanted, path, max_clip_bytes)
     back = np.argsort(order, kind="stable")
     frames, real = frames[back], real[back]
