@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'train_app', 'bundle_app', 'report_app', 'Source', 'Json', 'Seed', 'Embeddings', 'BackboneName',
            'demo', 'data_check', 'data_check_log', 'data_drift', 'data_split', 'data_repair', 'data_prepare',
-           'embed_command', 'search_command', 'train_image', 'train_video', 'train_recommender', 'predict', 'evaluate',
-           'recommend', 'similar', 'bundle_inspect', 'bundle_verify', 'report_list', 'report_show', 'report_run',
-           'main']
+           'embed_command', 'search_command', 'train_image', 'train_video', 'train_recommender', 'predict',
+           'timeline_command', 'evaluate', 'recommend', 'similar', 'bundle_inspect', 'bundle_verify', 'report_list',
+           'report_show', 'report_run', 'main']
 
 # %% ../nbs/cli.ipynb #5429ed4f
 import json, os, sys, warnings
@@ -272,7 +272,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #ae1fa7c6
+# %% ../nbs/cli.ipynb #9404cd12
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -293,6 +293,24 @@ def _tell_left_out(learn: Any) -> None:
     _tell_skipped(learn.skipped)
     if learn.skipped.height: _note(f"{learn.skipped.height} files could not be read and were left out")
 
+def _checkpoints(out: Path) -> Path: return out.with_name(f"{out.name}.checkpoints")
+
+def _forget_checkpoints(out: Path) -> None:
+    import shutil
+    shutil.rmtree(_checkpoints(out), ignore_errors=True)
+
+def _train_network(learn: Any, epochs: int, out: Path, resume: bool) -> None:
+    "The head, then the whole network, the better kept; of random weights the whole network alone."
+    from visrec_nb.vision.learners import train_both
+    if not resume: _forget_checkpoints(out)
+    settings = {"ema": 0.99, "mixup": 0.2, "checkpoint": _checkpoints(out), "resume": resume}
+    if not getattr(learn.model[0], "fetched", True):
+        learn.fit_network(epochs, 3e-3, **settings | {"ema": None, "mixup": 0.0})
+        return
+    for row in train_both(learn, epochs, **settings).to_dicts():
+        _note(f"{row['road']:<14} validation: loss {row['valid_loss']:.3f}, accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s"
+              + (", kept" if row["kept"] else ""))
+
 @train_app.command("image")
 def train_image(
     source: Source,
@@ -309,10 +327,9 @@ def train_image(
     as_json: Json = False,
 ) -> None:
     "Train an image classifier: the head, then the whole network; what is better on the validation part is kept."
-    import shutil
     from visrec_nb.core.bundle import require_place
     from visrec_nb.data.catalog import read_catalog
-    from visrec_nb.vision.learners import image_learner, train_both
+    from visrec_nb.vision.learners import image_learner
     if epochs < 1 and not head_only: raise ParameterError(f"--epochs {epochs}: at least 1, or --head-only")
     require_place(out)
     names, extra = arch or ["efficientnet_lite0"], [c.strip() for c in columns.split(",") if c.strip()]
@@ -320,34 +337,40 @@ def train_image(
     catalog = read_catalog(source)
     learn = image_learner(catalog, names, size=size, fit=fit, columns=extra, seed=seed)
     _tell_left_out(learn)
-    checkpoints = out.with_name(f"{out.name}.checkpoints")
     if head_only: learn.fit_head()
-    else:
-        if checkpoints.exists() and not resume: shutil.rmtree(checkpoints)
-        roads = train_both(learn, epochs, ema=0.99, mixup=0.2, checkpoint=checkpoints, resume=resume)
-        for row in roads.to_dicts():
-            _note(f"{row['road']:<14} validation: loss {row['valid_loss']:.3f}, accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s"
-                  + (", kept" if row["kept"] else ""))
+    else: _train_network(learn, epochs, out, resume)
     _finish_vision(learn, catalog, out, seed, as_json, int8)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    _forget_checkpoints(out)
 
 @train_app.command("video")
 def train_video(
     source: Source,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    arch: Annotated[str, typer.Option(help="Backbone: packaged, or any name of timm.")] = "efficientnet_lite0",
+    arch: Annotated[str, typer.Option(help="Backbone of frames; or clip network: tsm/NAME, torchvision/r3d_18...")] = "efficientnet_lite0",
+    epochs: Annotated[int, typer.Option(help="Of training a clip network as a whole, after the head.")] = 5,
+    head_only: Annotated[bool, typer.Option("--head-only", help="Of a clip network: fit the head on cached embeddings and stop.")] = False,
+    size: Annotated[int | None, typer.Option(help="Of a clip network: side of the frames, pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a clip network: how many frames it looks at.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose checkpoints lie beside the bundle.")] = False,
     seed: Seed = 42,
     as_json: Json = False,
 ) -> None:
-    "Train a video classifier on frame embeddings and motion."
+    "Train a video classifier: on frame embeddings and motion, or a clip network from end to end."
     from visrec_nb.core.bundle import require_place
     from visrec_nb.data.catalog import read_catalog
+    from visrec_nb.vision.clip_networks import is_clip_network
     from visrec_nb.vision.learners import video_learner
+    if epochs < 1 and not head_only: raise ParameterError(f"--epochs {epochs}: at least 1, or --head-only")
     require_place(out)
     catalog = read_catalog(source)
-    learn = video_learner(catalog, arch, seed=seed)
+    asked: dict[str, Any] = {name: value for name, value in (("size", size), ("num_frames", frames)) if value is not None}
+    if asked and not is_clip_network(arch): raise ParameterError("--size and --frames are for clip networks: tsm/efficientnet_lite0 ...")
+    learn = video_learner(catalog, arch, seed=seed, **asked)
     _tell_left_out(learn)
-    _finish_vision(learn.fit_head(), catalog, out, seed, as_json)
+    if head_only or not is_clip_network(arch): learn.fit_head()
+    else: _train_network(learn, epochs, out, resume)
+    _finish_vision(learn, catalog, out, seed, as_json)
+    _forget_checkpoints(out)
 
 @train_app.command("recommender")
 def train_recommender(
@@ -387,7 +410,7 @@ def _read_items(path: Path | None) -> "pl.DataFrame | None":
     try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
     except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
 
-# %% ../nbs/cli.ipynb #812f3c28
+# %% ../nbs/cli.ipynb #5be88b4b
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
@@ -412,6 +435,38 @@ def _items_of(paths: list[Path]) -> Any: # a list of files, or a catalog
     for path in paths: files += sorted(p for p in path.rglob("*") if media_kind(p)) if path.is_dir() else [path]
     if not files: raise InputError(f"{paths[0]}: no media files in it")
     return files
+
+@app.command("timeline")
+def timeline_command(
+    bundle: Annotated[Path, typer.Argument(help="A video classifier's bundle.")],
+    video: Annotated[str, typer.Argument(help="A video of any length, here or in a store.")],
+    out: Annotated[Path | None, typer.Option(help="The events: a .parquet or .csv; else CSV on stdout.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Every window's scores too: a .parquet or .csv.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of a window; else that of the training clips.")] = None,
+    step: Annotated[float | None, typer.Option(help="Seconds from one window to the next; else about a quarter of one.")] = None,
+    threshold: Annotated[float, typer.Option(help="Score that an event reaches.")] = 0.5,
+    merge_gap: Annotated[float, typer.Option(help="Seconds between events of a class that are still one.")] = 0.0,
+    min_seconds: Annotated[float, typer.Option(help="Shorter events are left out.")] = 0.0,
+    picture: Annotated[Path | None, typer.Option(help="The timeline as a .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    "What happens when in a long video: events with beginning and end. May be interrupted and run again."
+    import shutil
+    from visrec_nb.core.files import atomic_file
+    from visrec_nb.serve.bundle import open_classifier
+    from visrec_nb.vision.timeline import events, plot_timeline, timeline, unreadable
+    for path, endings in ((out, (".parquet", ".csv")), (scores, (".parquet", ".csv")), (picture, (".png", ".svg", ".pdf"))):
+        if path is not None and path.suffix not in endings: raise ParameterError(f"{path}: is written as {' or '.join(endings)}")
+    work = None if out is None else out.with_name(f"{out.name}.parts")
+    table = timeline(open_classifier(bundle), video, seconds, step, work=work)
+    found, lost = events(table, None, threshold, merge_gap=merge_gap, min_seconds=min_seconds), unreadable(table)
+    if picture is not None:
+        with atomic_file(picture) as aside: plot_timeline(table, found).savefig(aside, format=picture.suffix[1:], dpi=150)
+    if scores is not None: _write_table(table, scores)
+    if out is not None or not as_json: _write_table(found, out)
+    if work is not None: shutil.rmtree(work, ignore_errors=True)
+    for row in lost.to_dicts(): _note(f"not readable from {row['start']:.1f} to {row['end']:.1f} s: {row['reason']}")
+    if as_json: _print_json({"windows": table.height, "events": found.to_dicts(), "unreadable": lost.to_dicts()})
 
 @app.command()
 def evaluate(

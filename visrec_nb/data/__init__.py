@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "remote": ["local_file"],
     "rules": ["CatalogFacts", "as_catalog", "media_kind"],
     "samples": ["MovieLens", "camera_moves", "clothing", "movielens", "sample_data"],
-    "splits": ["fold_catalog", "group_from_names", "leaks", "refuse_leaks", "repair_leaks", "split_catalog", "use_fold"],
+    "segments": ["Segmented", "segment_videos"],
+    "splits": ["fold_catalog", "group_alike", "group_from_names", "leaks", "refuse_leaks", "repair_leaks", "split_catalog", "use_fold"],
 })

@@ -234,7 +234,7 @@ def _write(table: pl.LazyFrame, file: Path, where: str, base: str) -> None:
     except (pl.exceptions.PolarsError, OSError) as e:
         raise CatalogError(f"{where}: cannot be written ({str(e).strip().splitlines()[0]})") from e
 
-# %% ../../nbs/data/catalog.ipynb #3dbbd7d6
+# %% ../../nbs/data/catalog.ipynb #ea8c5cd0
 def _digest(path: str) -> str | None:
     try:
         file = local_file(path)
@@ -245,7 +245,9 @@ def with_hashes(
     catalog: pl.DataFrame, # a catalog, of files here or in a store
 ) -> pl.DataFrame: # the same with `sha256`, null where the file cannot be read
     "Add the SHA-256 of each file's bytes."
-    found = pl.Series("sha256", track(in_order(_digest, catalog["path"], 4), "hashing files", len(catalog)), pl.String)
+    files = catalog["path"].unique(maintain_order=True)
+    digests = dict(zip(files, track(in_order(_digest, files, 4), "hashing files", len(files)), strict=True))
+    found = pl.Series("sha256", [digests[path] for path in catalog["path"]], pl.String)
     if lost := found.is_null().arg_true().to_list():
         warnings.warn(f"{len(lost)} of {len(found)} files cannot be read and have no sha256, the first: {catalog['path'][lost[0]]}",
                       DataWarning, stacklevel=2)
@@ -259,7 +261,7 @@ def catalog_fingerprint(
 ) -> str: # 64 hexadecimal digits
     "Fingerprint of the contents, labels and splits of a catalog, wherever its files lie and in whatever order."
     columns = [c for c in ("sha256", "label", "labels", "group", "split") if c in catalog.columns]
-    table = catalog.select(columns)
+    table = catalog.select(columns, *(pl.col("^(start|seconds)$") for _ in range("start" in catalog.columns)))
     if "labels" in columns: table = table.with_columns(pl.col("labels").list.sort())
     return fingerprint(sorted(map(list, table.rows()), key=str))
 

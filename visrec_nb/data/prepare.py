@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'STRETCH_BYTES', 'Prepared', 'prepare_images', 'extract_frames', 'prepare_again', 'class_weights',
            'sample_weights']
 
-# %% ../../nbs/data/prepare.ipynb #2b78a86e
+# %% ../../nbs/data/prepare.ipynb #350a0ab4
 import hashlib, io, json, os, shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -94,7 +94,7 @@ def _is_whole(path: Path, format: str) -> bool:
             return f.read() == _LAST[format]
     except OSError: return False
 
-# %% ../../nbs/data/prepare.ipynb #789dab47
+# %% ../../nbs/data/prepare.ipynb #492efcf0
 @contextmanager
 def _workshop(folder: str | Path, recipe: dict[str, Any]) -> Iterator[tuple[Path, Path]]: # the recipe's folder, and one to write aside
     home = Path(folder).resolve() / fingerprint(recipe)[:16]
@@ -103,8 +103,6 @@ def _workshop(folder: str | Path, recipe: dict[str, Any]) -> Iterator[tuple[Path
     aside.mkdir()
     try: yield home, aside
     finally: shutil.rmtree(aside, ignore_errors=True)
-
-
 
 # %% ../../nbs/data/prepare.ipynb #a3ebab92
 @dataclass
@@ -122,7 +120,7 @@ class _Made:
     times: list[float] # seconds; empty for photos
     new: bool
 
-# %% ../../nbs/data/prepare.ipynb #022f9496
+# %% ../../nbs/data/prepare.ipynb #247c0cd1
 def _run(
     catalog: pl.DataFrame, work: Callable[[dict[str, Any]], _Made], what: str, threads: int,
 ) -> tuple[list[_Made | None], pl.DataFrame]:
@@ -215,7 +213,7 @@ def _write_frames(path: str, target: Path, partial: Path, recipe: dict[str, Any]
         if not _frame_files(target, recipe): raise
     return [str(target / f"{k:05}{ENDINGS[recipe['format']]}") for k in range(len(times))], times
 
-# %% ../../nbs/data/prepare.ipynb #8de0445b
+# %% ../../nbs/data/prepare.ipynb #a8edcb21
 def extract_frames(
     catalog: Any, # a catalog of clips, local or remote, or whatever `read_catalog` takes
     folder: str | Path, # where prepared files are kept
@@ -231,6 +229,8 @@ def extract_frames(
     if num_frames < 1 or (fps is not None and fps <= 0): raise ParameterError(f"num_frames={num_frames}, fps={fps}: must be above 0")
     recipe = _recipe("frames", size, fit, format, quality, num_frames=None if fps else num_frames, fps=float(fps) if fps else None)
     catalog = _unprepared(catalog)
+    if "start" in catalog.columns and catalog["start"].count(): raise ParameterError("rows that are parts of videos (with 'start') "
+        "cannot be extracted: frames are made of whole files")
     with _workshop(folder, recipe) as (home, aside):
         def work(row: dict[str, Any]) -> _Made:
             if row["media"] != "video": raise MediaError(row["path"], "a photo; prepare_images takes those")

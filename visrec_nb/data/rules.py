@@ -40,8 +40,9 @@ def _split(column: pl.Expr) -> pl.Expr:
     column = column.str.strip_chars().str.to_lowercase()
     return pl.coalesce(*(pl.when(column.is_in([s for s in SPLITS if SPLITS[s] == part])).then(pl.lit(part)) for part in PARTS), column)
 
-# %% ../../nbs/data/rules.ipynb #1130dc4e
+# %% ../../nbs/data/rules.ipynb #be2d6cda
 KNOWN = ("item_id", "path", "media", "label", "labels", "group", "split")
+_WINDOW = ("start", "seconds") # parts of videos, where there is `start`
 _TEXTS = ("item_id", "path", "media", "label", "group", "split", "sha256")
 _MEANT = frozenset("file filename filepath fname image imagepath imagefile img imgpath video videopath videofile photo url".split())
 
@@ -60,6 +61,10 @@ def _check_columns(schema: pl.Schema, where: str) -> None:
         if name in schema and (schema[name].is_nested() or schema[name] in (pl.Binary, pl.Object)):
             hint = "; several classes an item stand in 'labels'" if name == "label" else ""
             raise CatalogError(f"{where}: {name!r} holds {schema[name]}, not text{hint}")
+    for name in _WINDOW if "start" in schema else ():
+        if name in schema and not (schema[name].is_numeric() or schema[name] in (pl.String, pl.Null)):
+            raise CatalogError(f"{where}: {name!r} holds {schema[name]}, not seconds; 'start' says where in its video a row begins and "
+                               "'seconds' how long it is: rename the column if it means something else")
     inner = getattr(schema.get("labels"), "inner", None)
     if "labels" in schema and (inner.is_nested() if inner is not None else schema["labels"] not in (pl.String, pl.Null)):
         raise CatalogError(f"{where}: 'labels' holds {schema['labels']}; a list of texts, or texts like cat|dog, are needed")
@@ -68,7 +73,7 @@ def _check_columns(schema: pl.Schema, where: str) -> None:
         if name not in KNOWN and plain in KNOWN and plain not in schema:
             warnings.warn(f"{where}: {name!r} is kept as metadata; call it {plain!r} if that is meant", DataWarning, stacklevel=3)
 
-# %% ../../nbs/data/rules.ipynb #7f16023a
+# %% ../../nbs/data/rules.ipynb #f33b1f37
 NONE = "|" # `labels` as text: none of the classes
 
 def _labels(dtype: pl.DataType) -> pl.Expr:
@@ -77,6 +82,11 @@ def _labels(dtype: pl.DataType) -> pl.Expr:
     if dtype != pl.String: return column.cast(pl.List(pl.String))
     split = column.str.split("|").list.eval(pl.element().str.strip_chars())
     return pl.when(column.str.strip_chars() == NONE).then(pl.lit([], pl.List(pl.String))).otherwise(split)
+
+def _number(column: str) -> pl.Expr:
+    "A column as float64; NaN where it holds something else than a number."
+    number = pl.col(column).cast(pl.Float64, strict=False)
+    return pl.when(pl.col(column).is_not_null() & number.is_null()).then(float("nan")).otherwise(number).alias(column)
 
 def in_form(
     table: pl.LazyFrame, # with at least `path`
@@ -94,6 +104,7 @@ def in_form(
                "media": pl.coalesce("media", kind) if "media" in schema else kind}
     if "split" in schema: columns["split"] = _split(pl.col("split"))
     if "labels" in schema: columns["labels"] = _labels(schema["labels"])
+    columns |= {c: _number(c) for c in _WINDOW if "start" in schema and c in schema}
     if "sha256" in schema: columns["sha256"] = pl.col("sha256").str.to_lowercase()
     if base is not None:
         folder = str(base).rstrip("/") if is_remote(base) else str(Path(base).resolve()).rstrip("/")
@@ -101,7 +112,7 @@ def in_form(
     names = {*schema, *columns}
     return table.with_columns(**columns).select(*[c for c in KNOWN if c in names], *[c for c in schema if c not in KNOWN])
 
-# %% ../../nbs/data/rules.ipynb #c8db03e3
+# %% ../../nbs/data/rules.ipynb #dc59bb81
 LONGEST = 4096 # bytes of a path; the limit of Linux
 _ADDRESS = rf"^({'|'.join(BACKENDS)})://[^/:@]+(@[^/:@]+)?/."
 
@@ -124,6 +135,14 @@ def _rules(schema: pl.Schema) -> dict[str, pl.Expr]:
     if "labels" in schema:
         add("'labels' holds an empty label", pl.col("labels").list.eval(blank(pl.element())).list.any())
         add("'labels' names a class twice", pl.col("labels").list.n_unique() < pl.col("labels").list.len())
+    if "start" in schema:
+        start = pl.col("start")
+        add("'start' is not a number of seconds, 0 or more", ~start.is_finite() | (start < 0))
+        if "seconds" in schema:
+            seconds = pl.col("seconds")
+            add("'seconds' is not a number above 0", start.is_not_null() & (~seconds.is_finite() | (seconds <= 0)))
+            add("'seconds' without 'start': give both, or neither for a whole video", start.is_null() & seconds.is_not_null())
+        add("'start' of a photo: it is for parts of videos", start.is_not_null() & (pl.col("media") == "image"))
     if "sha256" in schema: add("'sha256' is not 64 hexadecimal digits", ~pl.col("sha256").str.contains("^[0-9a-f]{64}$"))
     return rules
 
@@ -174,7 +193,7 @@ def _batches(form: pl.LazyFrame, columns: dict[str, pl.Expr]) -> Iterator[tuple[
         yield first, batch
         first += len(batch)
 
-# %% ../../nbs/data/rules.ipynb #4115d09d
+# %% ../../nbs/data/rules.ipynb #495bd2d0
 def check_rows(
     form: pl.LazyFrame, # from `in_form`
     where: str = "catalog", # named in errors
@@ -183,7 +202,9 @@ def check_rows(
     schema = form.collect_schema()
     rules = _rules(schema)
     label = next((c for c in ("label", "labels") if c in schema), None)
-    facts = {"id": _hash("item_id"), "file": _hash("path"), "video": pl.col("media") == "video",
+    if "start" in schema: part = pl.concat_str("path", *(c for c in _WINDOW if c in schema), separator="\0", ignore_nulls=True)
+    else: part = pl.col("path")
+    facts = {"id": _hash("item_id"), "file": part.hash(seed=7), "video": pl.col("media") == "video",
              "labelled": pl.col(label).is_not_null() if label else pl.lit(False),
              "split": pl.col("split") if "split" in schema else pl.lit(None, pl.String)}
     found: dict[str, tuple[int, list[int]]] = dict.fromkeys(rules, (0, []))
@@ -202,7 +223,7 @@ def check_rows(
     _refuse(found, where)
     _refuse({"the same 'item_id' twice": _repeated(form, "item_id", np.concatenate(ids))}, where)
     del ids
-    count, first_rows = _repeated(form, "path", np.concatenate(files))
+    count, first_rows = _repeated(form.with_columns(path=part), "path", np.concatenate(files))
     if count: warnings.warn(f"{where}: {count} items share their file with another {_said(count, first_rows)}", DataWarning, stacklevel=3)
     return CatalogFacts(rows, rows - videos, videos, labelled, {s: n for s, n in splits.items() if n})
 

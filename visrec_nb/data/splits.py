@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIES', 'LEAK_COLUMNS', 'NAMINGS', 'leaks', 'refuse_leaks', 'split_catalog', 'fold_catalog', 'use_fold',
-           'group_from_names', 'Repaired', 'repair_leaks']
+           'group_from_names', 'group_alike', 'Repaired', 'repair_leaks']
 
 # %% ../../nbs/data/splits.ipynb #57ee5793
 import re
@@ -367,6 +367,30 @@ def group_from_names(
     if others and (not allow_others or len(others) == len(names)):
         raise CatalogError(f"{len(others)} of {len(names)} names do not follow the pattern {pattern!r}, first {others[0]!r}")
     return catalog.with_columns(group=pl.Series(groups, dtype=pl.String))
+
+# %% ../../nbs/data/splits.ipynb #2efe57ad
+def group_alike(
+    catalog: Any, # a catalog; its groups, if it has any, stay whole
+    vectors: np.ndarray, # float (N, D), or (N, T, D) of clips: an embedding each, or one of each moment
+    similarity: float = 0.8, # cosine from which on two scenes are one
+) -> pl.DataFrame: # the catalog with `group`
+    "Put items that show the same scene into one group."
+    from visrec_nb.data.neighbours import near_pairs
+    catalog = read_catalog(catalog)
+    if len(vectors) != len(catalog): raise ParameterError(f"{len(vectors)} vectors for {len(catalog)} items")
+    moments = vectors.reshape(len(vectors), -1, vectors.shape[-1])
+    owner = np.repeat(np.arange(len(vectors)), moments.shape[1])
+    rows = moments.reshape(len(owner), -1)
+    found = near_pairs(rows - np.nanmean(rows, 0), similarity, groups=owner)
+    if not found.complete: raise ParameterError(f"similarity={similarity}: too many pairs are that alike; ask for more")
+    first, second = [owner[found.first]], [owner[found.second]]
+    if "group" in catalog.columns:
+        known = catalog.with_row_index("_row").filter(pl.col("group").is_not_null())
+        same = known.select("_row", _first=pl.col("_row").min().over("group"))
+        first.append(same["_row"].to_numpy()); second.append(same["_first"].to_numpy())
+    part = _components(len(catalog), np.concatenate(first).astype(np.int64), np.concatenate(second).astype(np.int64))
+    names = catalog["item_id"].to_numpy()[np.unique(part, return_index=True)[1]]
+    return catalog.with_columns(group=pl.Series(names[np.unique(part, return_inverse=True)[1]], dtype=pl.String))
 
 # %% ../../nbs/data/splits.ipynb #064fbcf4
 class Repaired(NamedTuple):

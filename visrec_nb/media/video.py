@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_FRAMES', 'MAX_SECONDS', 'MAX_CLIP_BYTES', 'CODECS', 'MAX_BOXES',
-           'SEEK_AHEAD', 'Facts', 'probe', 'Clip', 'read_clip', 'Pairs', 'read_pairs']
+           'LOOK_AHEAD', 'SEEK_AHEAD', 'PATIENCE', 'Facts', 'probe', 'Clip', 'read_clip', 'Pairs', 'read_pairs', 'Pair',
+           'stream_pairs']
 
-# %% ../../nbs/media/video.ipynb #63d7a1ac
+# %% ../../nbs/media/video.ipynb #9a60f7de
 import os, stat, struct
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from ..core.errors import MediaError, ParameterError
 from .image import _height_width
@@ -38,7 +41,7 @@ def _check_file(path: str | Path, max_bytes: int) -> None:
     if facts.st_size == 0: raise MediaError(path, "the file is empty")
     if facts.st_size > max_bytes: raise MediaError(path, f"{facts.st_size:,} bytes, more than the limit of {max_bytes:,}")
 
-# %% ../../nbs/media/video.ipynb #f7cadb8f
+# %% ../../nbs/media/video.ipynb #9772791e
 _NESTED = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"udta", b"edts", b"mvex", b"dinf", b"wave", b"tref")
 MAX_BOXES = 500_000
 
@@ -61,9 +64,11 @@ def _mp4_boxes(path: str | Path) -> Iterator[tuple[bytes, bytes]]:
                 at += inside if kind in _NESTED else size
     raise MediaError(path, f"more boxes than the limit of {MAX_BOXES:,}")
 
-def _check_tables(path: str | Path, max_frames: int) -> None:
-    claimed, handler, even, size, count = 0, b"", False, 0, 0
+def _check_tables(path: str | Path, max_frames: int) -> str | None:
+    "Refuses a claim of too many frames; gives the container where the first bytes leave no doubt, so that FFmpeg need not guess."
+    claimed, handler, even, size, count, container = 0, b"", False, 0, 0, ""
     for kind, head in _mp4_boxes(path):
+        if not container: container = "mov" if kind == b"ftyp" else "avi" if head[:4] + head[8:12] == b"RIFFAVI " else "other"
         if kind == b"trak": handler, even = b"", False
         elif kind == b"hdlr": handler = head[16:20]
         elif kind == b"stts": even = head[12:16] == b"\0\0\0\1" and head[20:24] == b"\0\0\0\1"
@@ -74,20 +79,20 @@ def _check_tables(path: str | Path, max_frames: int) -> None:
             flags, count = struct.unpack(">II", head[8:16])
             if not flags & 0xF00: claimed += count
         if claimed > max_frames: raise MediaError(path, f"claims more frames than the limit of {max_frames:,}")
+    return container if container in ("mov", "avi") else None
 
-# %% ../../nbs/media/video.ipynb #c99a4104
+# %% ../../nbs/media/video.ipynb #4af8eb3d
 def _is_cut(path: str | Path, kind: str, stream: Any) -> bool:
     "Whether the container itself says that it goes on behind the end of the file."
     size = os.stat(path).st_size
     if "mov" in kind and len(stream.index_entries): return stream.index_entries[-1].pos + stream.index_entries[-1].size > size
     if kind not in ("avi", "gif"): return False
     with open(path, "rb") as f:
-        promised = int.from_bytes(f.read(8)[4:], "little")
+        if kind == "avi": return size + 1 < int.from_bytes(f.read(8)[4:], "little") + 8 < 2**32
         f.seek(max(size - 256, 0))
-        tail = f.read().rstrip(b"\0\r\n ")
-    return not tail.endswith(b";") if kind == "gif" else size + 1 < promised + 8 < 2**32
+        return not f.read().rstrip(b"\0\r\n ").endswith(b";")
 
-def _video_stream(container: Any, path: str | Path, max_pixels: int, max_frames: int) -> Any:
+def _video_stream(container: Any, path: str | Path, max_pixels: int, max_frames: int, cut: bool = False) -> Any:
     streams = [s for s in container.streams.video if not int(s.disposition) & int(av.stream.Disposition.attached_pic)]
     if not streams: raise MediaError(path, "holds no video stream")
     best = container.streams.best("video")
@@ -98,26 +103,33 @@ def _video_stream(container: Any, path: str | Path, max_pixels: int, max_frames:
     if context.width * context.height > max_pixels:
         raise MediaError(path, f"{context.width:,} x {context.height:,} pixels, more than the limit of {max_pixels:,}")
     if stream.frames > max_frames: raise MediaError(path, f"{stream.frames:,} frames, more than the limit of {max_frames:,}")
-    if _is_cut(path, container.format.name, stream): raise MediaError(path, "truncated: the file ends before its last frame")
+    if not cut and _is_cut(path, container.format.name, stream): raise MediaError(path, "truncated: the file ends before its last frame")
     context.options = {"max_pixels": str(max_pixels)}
     context.thread_count = 1
     return stream
 
 @contextmanager
-def _opened(path: str | Path, max_bytes: int, max_pixels: int, max_frames: int) -> Iterator[tuple[Any, Any]]:
+def _opened(path: str | Path, max_bytes: int, max_pixels: int, max_frames: int, cut: bool = False) -> Iterator[tuple[Any, Any]]:
     _check_file(path, max_bytes)
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "codec_whitelist": CODECS, "max_pixels": str(max_pixels)}
+    name = f"file:{os.path.abspath(path)}"
     try:
-        _check_tables(path, max_frames)
-        try: container = av.open(f"file:{os.path.abspath(path)}", options=options)
+        kind = _check_tables(path, max_frames)
+        try: container = av.open(name, format=kind, options=options)
         except (av.InvalidDataError, av.ArgumentError) as e: raise MediaError(path, "not a video in a known container, or damaged") from e
-        with container: yield container, _video_stream(container, path, max_pixels, max_frames)
+        with container:
+            stream = _video_stream(container, path, max_pixels, max_frames, cut)
+            clock = "mov" not in container.format.name or not _without_clock(stream)
+            if clock: yield container, stream
+        if not clock: # a list of edits by that clock would leave out frames at random
+            with av.open(name, format=kind, options=options | {"ignore_editlist": "1"}) as container:
+                yield container, _video_stream(container, path, max_pixels, max_frames, cut)
     except (MediaError, ParameterError): raise
     except MemoryError as e: raise MediaError(path, "asks for more memory than there is") from e
     except av.FFmpegError as e: raise MediaError(path, f"cannot be decoded as a video ({e.strerror or e})") from e
     except Exception as e: raise MediaError(path, f"cannot be decoded as a video ({e or type(e).__name__})") from e
 
-# %% ../../nbs/media/video.ipynb #9dd8419b
+# %% ../../nbs/media/video.ipynb #19233726
 class Facts(NamedTuple):
     "What a video's header and first frame say."
     seconds: float # from the first frame to the end of the last
@@ -154,15 +166,20 @@ class _Length(NamedTuple):
     counted: bool # the frames' own times say nothing: they are counted
 
 def _without_clock(stream: Any) -> bool:
-    "Whether most frames share their time with another one: asked of the index, where the header's length is absurd."
-    rate = float(stream.guessed_rate or 0)
-    if not rate or not stream.frames or stream.frames < 2 * rate * _header_seconds(stream): return False
-    times = {entry.timestamp for entry in stream.index_entries}
-    return 2 * len(times) <= len(stream.index_entries)
+    "Whether most frames share their time with another one; the whole index is asked where a few of its entries or the length look so."
+    entries, rate = stream.index_entries, float(stream.guessed_rate or 0)
+    count = len(entries)
+    if count < 2 or not rate: return False
+    few = {entries[i * (count - 1) // 8].timestamp for i in range(9)}
+    if 2 * len(few) > min(count, 9) and stream.frames < 2 * rate * _header_seconds(stream): return False
+    return 2 * len({entry.timestamp for entry in entries}) <= count
 
 def _length(path: str | Path, stream: Any, limits: tuple[int, int, int], exact: bool = False) -> _Length:
-    if _without_clock(stream): return _Length(stream.frames / float(stream.guessed_rate), stream.frames, float(stream.guessed_rate), True)
     seconds, frames, rate = _header_seconds(stream), stream.frames, float(stream.average_rate or stream.guessed_rate or 0)
+    if frames and _without_clock(stream):
+        meant = float(stream.guessed_rate)
+        if frames >= 2 * meant * seconds: seconds = frames / meant
+        return _Length(seconds, frames, frames / seconds, True)
     if not seconds or (not frames and (exact or not rate)):
         counted, packets = _count_packets(path, limits)
         seconds, frames = seconds or counted, frames or packets
@@ -170,17 +187,18 @@ def _length(path: str | Path, stream: Any, limits: tuple[int, int, int], exact: 
     if not seconds: seconds = frames / (rate or 25.0)
     return _Length(seconds, frames, rate or frames / seconds, False)
 
-# %% ../../nbs/media/video.ipynb #9b9c1b73
+# %% ../../nbs/media/video.ipynb #6b7cd2e2
 def probe(
     path: str | Path, # a video file on this machine
     *,
     max_bytes: int = MAX_BYTES, # refuse larger files
     max_pixels: int = MAX_PIXELS, # refuse larger frames
     max_frames: int = MAX_FRAMES, # refuse more frames
+    cut: bool = False, # also look at a file whose end is missing; its length is then what the header says
 ) -> Facts:
     "Length, rate and upright size of a video, from its header and its first frame."
     limits = (max_bytes, max_pixels, max_frames)
-    with _opened(path, *limits) as (container, stream):
+    with _opened(path, *limits, cut) as (container, stream):
         seconds, frames, fps, _ = _length(path, stream, limits, exact=True)
         first = next(container.decode(stream), None)
         if first is None: raise MediaError(path, "holds no frames")
@@ -188,88 +206,208 @@ def probe(
         width, height = (first.height, first.width) if rotation % 180 else (first.width, first.height)
         return Facts(seconds, frames, fps, width, height, rotation)
 
-# %% ../../nbs/media/video.ipynb #4cd1de37
-SEEK_AHEAD = 8
+# %% ../../nbs/media/video.ipynb #90816c0a
+LOOK_AHEAD = 16
 
-class _Reader:
+class _Packets:
+    "The packets of a stream, read a little ahead, and what they tell of the frame shown at a goal. Times are in ticks."
+    trusting = True # whether packets are believed
+    held_tick: Any = None # when the frame began that is shown now
+    ahead_tick: Any = None # when the one after it begins
+
+    def __init__(self, container: Any, stream: Any, path: str | Path, counted: bool, max_frames: int):
+        self.container, self.stream, self.context, self.path = container, stream, stream.codec_context, path
+        self.counted, self.unordered, self.frames_left = counted, container.format.name == "avi", max_frames
+        self.blind = counted or not self.trusting or bool(self.unordered and self.context.has_b_frames)
+        self.goal: Any = None
+        self.window: deque[Any] = deque()
+        self._rewind()
+
+    def _source(self) -> Iterator[Any]: return self.container.demux(self.stream)
+
+    def _rewind(self) -> None:
+        self.frames_left += len(self.window)
+        self.source, self.window, self.eof = self._source(), deque(), False
+        self.ticks: list[int] = [] # when the frames of the packets read are shown
+        self.reach: Any = -np.inf # when the last packet read is decoded
+        self.best: Any = None # when the frame shown at the goal begins
+        self.sure = False # whether that is certain
+
+    def _read(self) -> bool:
+        "One packet more; the last one is empty and fetches what the decoder still holds."
+        packet = next((p for p in self.source if p.size or p.dts is None), None)
+        self.eof = packet is None or not packet.size
+        if packet is None: return False
+        self.window.append(packet)
+        if not self.eof: self._note(packet)
+        return True
+
+    def _note(self, packet: Any) -> None:
+        self.frames_left -= 1
+        if self.frames_left < 0: raise MediaError(self.path, "more frames than the limit")
+        if self.counted: return
+        decoded = packet.dts
+        tick = decoded if self.unordered else packet.pts
+        if decoded is not None: self.reach = decoded
+        if tick is None: self.blind = True
+        elif not packet.is_discard: self.ticks.append(tick)
+        if len(self.ticks) > 1000: self._judge()
+
+    def _look(self) -> None:
+        "Read until it is known which frame is shown at the goal, or the window is full."
+        while self.reach <= self.goal and not self.eof and not self.blind and len(self.window) < LOOK_AHEAD: self._read()
+        self._judge()
+
+    def _judge(self) -> None:
+        goal, held = self.goal, self.held_tick
+        if held is not None: self.ticks = [tick for tick in self.ticks if tick > held]
+        if goal is None: self.sure = False
+        elif self.counted: self.best, self.sure = goal, True
+        else:
+            near = [tick for tick in self.ticks if tick <= goal]
+            self.best = max(near) if near else held
+            self.sure = (self.eof or self.reach > goal) and not self.blind and near.count(self.best) < 2
+
+# %% ../../nbs/media/video.ipynb #232f93d2
+SEEK_AHEAD = 2
+
+class _Reader(_Packets):
     "Yields the frames shown at rising times."
     def __init__(self, container: Any, stream: Any, path: str | Path, seconds: float, fps: float, counted: bool,
                  max_pixels: int, max_frames: int):
-        self.container, self.stream, self.path, self.seconds, self.fps = container, stream, path, seconds, fps
-        self.max_pixels, self.frames_left, self.counted = max_pixels, max_frames, counted
+        super().__init__(container, stream, path, counted, max_frames)
+        self.seconds, self.fps, self.max_pixels = seconds, fps, max_pixels
+        self.unit = 1 / fps if counted else float(stream.time_base)
         self.seeking = len(stream.index_entries) > 1 and not counted
-        self.unordered = container.format.name == "avi"
-        self.held: Any = None
+        self.skipping = self.context.name == "h264" and not self.blind
+        self.lag = 0 # ticks from decoding a key frame to showing it
         self._restart(None)
-        if self.ahead is None: raise MediaError(path, "holds no frames")
-        self.origin = self.ahead_time
+        self.first = self._first()
 
-    def _restart(self, pts: int | None) -> None:
-        if pts is not None: self.container.seek(pts, stream=self.stream)
-        self.frames, self.held, self.held_time, self.count = self.container.decode(self.stream), None, 0.0, 0
+    @property
+    def origin(self) -> float: return self.first * self.unit
+
+    def _restart(self, tick: int | None) -> None:
+        if tick is not None:
+            self.container.seek(tick, stream=self.stream)
+            self._rewind()
+        self.ready: deque[Any] = deque() # decoded and not yet looked at
+        self.held: Any = None # the frame shown
+        self.ahead: Any = None # the one after it, if it was looked at
+        self.held_tick, self.ahead_tick, self.skipped = None, None, False
+
+    def _first(self) -> int:
+        "When the first frame is shown; told from the packets where the first of them is plainly that frame, else by decoding."
+        self._read()
+        if self.ticks and not self.blind and self.window[0].dts is not None and self.window[0].is_keyframe:
+            self.lag, self.goal = self.ticks[0] - self.window[0].dts, self.ticks[0]
+            self._look()
+            if self.sure and min(self.ticks) == self.goal: return self.goal
+            self.goal = None
         self._step()
+        if self.ahead is None: raise MediaError(self.path, "holds no frames")
+        return self.ahead_tick
 
     def _step(self) -> None:
-        self.ahead = next(self.frames, None)
-        if self.ahead is None: return
-        self.frames_left -= 1
-        if self.frames_left < 0: raise MediaError(self.path, "more frames than the limit")
-        if self.ahead.width * self.ahead.height > self.max_pixels: raise MediaError(self.path, "a frame is larger than the limit of pixels")
-        tick = None if self.counted else self.ahead.dts if self.unordered else self.ahead.pts
-        if tick is not None: self.ahead_time = float(tick * self.ahead.time_base)
-        else: self.ahead_time = self.ahead_time + 1 / self.fps if self.count else 0.0
-        self.count += 1
+        "Look at the next frame; None at the end."
+        while not self.ready:
+            if self.goal is not None and not self.sure and len(self.window) < (LOOK_AHEAD // 2 if self.skipping else 1): self._look()
+            if not self.window and not self._read(): break
+            packet = self.window.popleft()
+            if self.skipping: self._skip(packet)
+            self.ready.extend(self._frames(packet))
+        self.ahead = self.ready.popleft() if self.ready else None
+        if self.ahead is not None: self.ahead_tick = self._tick(self.ahead)
 
-    def _pts(self, t: float) -> int: return int((t + self.origin) / self.stream.time_base)
+    def _frames(self, packet: Any) -> list[Any]: return self.context.decode(packet)
 
-    def _seek(self, t: float) -> None:
-        entries, now = self.stream.index_entries, self.held_time if self.held is not None else self.origin
-        key = entries.search_timestamp(self._pts(t))
-        here = entries.search_timestamp(int(now / self.stream.time_base), any_frame=True)
-        if key < 0 or key - here <= SEEK_AHEAD: return
-        self._restart(self._pts(t))
-        if self.ahead is None or self.ahead_time - self.origin > t:
-            self.seeking = False
-            self._restart(self._pts(0))
+    def _tick(self, frame: Any) -> int:
+        if frame.width * frame.height > self.max_pixels: raise MediaError(self.path, "a frame is larger than the limit of pixels")
+        tick = None if self.counted else frame.dts if self.unordered else frame.pts
+        if tick is not None: return tick
+        return 0 if self.ahead_tick is None else self.ahead_tick + max(round(1 / self.fps / self.unit), 1)
+
+    def _skip(self, packet: Any) -> None:
+        known = self.goal is not None and not self.blind and self.best is not None and packet.pts is not None
+        skip = known and packet.pts < self.best
+        self.context.skip_frame = "NONREF" if skip else "DEFAULT"
+        self.skipped |= skip
+
+    def _hold(self) -> None: self.held, self.held_tick, self.ahead = self.ahead, self.ahead_tick, None
+
+    def _found(self) -> bool: return self.sure and self.held is not None and self.held_tick == self.best
+
+    def _next_decoded(self) -> int | None:
+        "When the next packet is decoded."
+        if not self.window: self._read()
+        return self.window[0].dts if self.window else None
+
+    def _seek(self) -> None:
+        entries, here = self.stream.index_entries, self._next_decoded()
+        key = entries.search_timestamp(self.goal - self.lag)
+        if key < 0 or here is None or key - entries.search_timestamp(here, any_frame=True) <= SEEK_AHEAD: return
+        self._restart(self.goal)
+        self._step()
+        if self.ahead is None or self.ahead_tick > self.goal: self._start_over()
+
+    def _start_over(self) -> None:
+        self.seeking = False
+        self._restart(self.first)
+
+    def _walk(self) -> None:
+        while not self._found():
+            if self.ahead is None: self._step()
+            if self.ahead is None or (self.held is not None and self.ahead_tick > self.goal): return
+            self._hold()
+
+    def _look_at_each(self) -> None:
+        self.skipping, self.context.skip_frame = False, "DEFAULT"
+        self._restart(self.goal if self.seeking else self.first)
+        self._walk()
 
     def at(self, t: float) -> tuple[Any, float]:
-        if self.seeking: self._seek(t)
-        while self.ahead is not None and (self.held is None or self.ahead_time - self.origin <= t + 1e-6): self._hold()
+        self.goal = int((t + 1e-6) / self.unit) + self.first
+        self._judge()
+        if self.seeking and not self._found(): self._seek()
+        self._walk()
+        if self.skipped and self.held_tick != self.best: self._look_at_each()
         if self.held is None: raise MediaError(self.path, "holds no frames")
-        if self.ahead is None: self._check_end(t)
-        return self.held, self.held_time - self.origin
+        if self.ahead is None and self.eof and not (self.sure and any(tick > self.held_tick for tick in self.ticks)): self._check_end(t)
+        return self._shown()
 
     def on(self, frames: int, until: float) -> tuple[Any, float]:
+        self.goal = None
         for _ in range(frames):
+            if self.ahead is None: self._step()
             if self.ahead is None: self._check_end(min(until, self.seconds))
-            if self.ahead is None or self.ahead_time - self.origin >= until: break
+            if self.ahead is None or (self.ahead_tick - self.first) * self.unit >= until: break
             self._hold()
-        return self.held, self.held_time - self.origin
+        return self._shown()
 
-    def _hold(self) -> None:
-        self.held, self.held_time = self.ahead, self.ahead_time
-        self._step()
+    def _shown(self) -> tuple[Any, float]: return self.held, (self.held_tick - self.first) * self.unit
 
     def _check_end(self, t: float) -> None:
-        end = self.held_time - self.origin + max(float((self.held.duration or 0) * self.held.time_base), 1 / self.fps)
+        end = (self.held_tick - self.first) * self.unit + max(float((self.held.duration or 0) * self.held.time_base), 1 / self.fps)
         if t - end > max(0.5, 0.05 * self.seconds):
             raise MediaError(self.path, f"truncated: its frames end at {end:.2f} s, its header says {self.seconds:.2f} s")
 
-# %% ../../nbs/media/video.ipynb #888214ab
-def _pixels(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
+# %% ../../nbs/media/video.ipynb #4dd575fe
+def _pixels(frame: Any, size: tuple[int, int] | None, scalers: tuple[Any, Any]) -> np.ndarray:
     turns = round(frame.rotation / 90) % 4
     height, width = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
     if turns % 2: height, width = width, height
-    rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    return np.ascontiguousarray(np.rot90(rgb, turns))
+    if (height, width) != (frame.height, frame.width):
+        frame = scalers[0].reformat(frame, width, height, "gbrp", interpolation="BICUBIC", threads=1)
+    rgb = scalers[1].reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    return np.rot90(rgb, turns) if turns else rgb
 
 def _collect(shown: Iterable[tuple[Any, float]], count: int, size: tuple[int, int] | None, path: str | Path,
              max_clip_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    frames, times = np.empty((0, 0, 0, 3), np.uint8), np.empty(count)
+    frames, times, scalers = np.empty((0, 0, 0, 3), np.uint8), np.empty(count), (VideoReformatter(), VideoReformatter())
     for i, (frame, times[i]) in enumerate(shown):
         if i and times[i] == times[i - 1]: frames[i] = frames[i - 1]
         else:
-            pixels = _pixels(frame, size)
+            pixels = _pixels(frame, size, scalers)
             if not i:
                 size = pixels.shape[:2]
                 _check_clip_size(path, size, count, max_clip_bytes)
@@ -334,7 +472,7 @@ def _by_number(reader: _Reader, sampling: str, count: int, times: np.ndarray, wi
     origin = times[0] if reader.unordered else reader.origin
     for time in (times[numbers] - origin).tolist(): yield reader.at(max(time, 0.0))
 
-# %% ../../nbs/media/video.ipynb #0724bfda
+# %% ../../nbs/media/video.ipynb #ac44c5c4
 def read_clip(
     path: str | Path, # a video file on this machine
     num_frames: int = 16, # T, how many frames
@@ -352,7 +490,7 @@ def read_clip(
     max_seconds: float = MAX_SECONDS, # refuse longer videos
     max_clip_bytes: int = MAX_CLIP_BYTES, # refuse to hold more pixels than this
 ) -> Clip: # frames uint8 (T, H, W, 3) upright RGB, times float64 (T,) in seconds
-    "Read `num_frames` frames of a video; every failure is a `MediaError` with the path and the reason."
+    "Read `num_frames` frames of a video, repeated where it has fewer; every failure is a `MediaError` with the path and the reason."
     wanted, limits = _height_width(size), (max_bytes, max_pixels, max_frames)
     if frame_range is not None and (start or seconds is not None):
         raise ParameterError("frame_range and start or seconds are two ways to give the window: choose one")
@@ -408,3 +546,122 @@ def read_pairs(
     frames, real = frames[back], real[back]
     dt = real[1::2] - real[::2]
     return Pairs(frames[::2], frames[1::2], np.where(dt > 0, dt, apart), real[::2])
+
+# %% ../../nbs/media/video.ipynb #58fa9716
+class Pair(NamedTuple):
+    "Two frames a moment apart."
+    first: np.ndarray # uint8 (H, W, 3), RGB
+    second: np.ndarray # uint8 (H, W, 3), RGB
+    dt: float # seconds from first to second, above 0
+    time: float # seconds, when first is shown
+
+PATIENCE = 300
+
+class _ToughReader(_Reader):
+    "Goes on behind what cannot be decoded, and refuses the times whose frames are lost there."
+    trusting = False
+    def __init__(self, container: Any, stream: Any, *args: Any):
+        self.lost: list[int] = [] # when frames would have been shown that are lost, as far as it matters yet
+        self.damaged, self.ended, self.latest = False, "", 0
+        super().__init__(container, stream, *args)
+        if self.damaged and stream.start_time is not None: self.first = stream.start_time
+
+    def _restart(self, tick: int | None) -> None:
+        self.waiting, self.clean = 0, -np.inf # packets since a fault, for a key frame; when that was shown
+        super()._restart(tick)
+
+    def _lose(self, tick: int) -> None:
+        self.damaged = True
+        self.lost.append(tick)
+
+    def _source(self) -> Iterator[Any]:
+        for _ in range(10):
+            try:
+                yield from self.container.demux(self.stream)
+                return
+            except av.FFmpegError: self._lose(self.latest + 1)
+
+    def _frames(self, packet: Any) -> list[Any]:
+        tick = packet.dts if self.unordered else packet.pts
+        self.latest = tick = self.latest + 1 if tick is None else tick
+        if packet.size and (tick < self.clean or (0 < self.waiting < PATIENCE and not packet.is_keyframe)):
+            self.waiting += self.waiting > 0
+            self._lose(tick)
+            return []
+        try: frames = super()._frames(packet)
+        except av.FFmpegError:
+            self._lose(tick)
+            self.waiting = 0 if packet.is_disposable else 1
+            return []
+        if self.waiting: self.waiting, self.clean = 0, tick
+        for frame in frames:
+            if frame.is_corrupt: self._lose(self._tick(frame))
+        return [frame for frame in frames if not frame.is_corrupt]
+
+    def _start_over(self) -> None:
+        if not self.damaged: super()._start_over()
+
+    def at(self, t: float) -> tuple[Any, float]:
+        if self.damaged and self.counted: self.ended = "damaged, and its frames have no clock: what comes after cannot be placed"
+        if self.ended: raise MediaError(self.path, self.ended)
+        try: frame, time = super().at(t)
+        except MediaError as e:
+            if self.ahead is None: self.ended = e.reason if self.held is not None else f"damaged: no frame can be decoded after {t:.2f} s"
+            raise MediaError(self.path, self.ended or e.reason) from e
+        self.lost = [tick for tick in self.lost if tick > self.held_tick]
+        if time > t + 1e-6 or any(tick <= self.goal for tick in self.lost):
+            raise MediaError(self.path, f"damaged: the frame at {t:.2f} s is lost")
+        late = t - time - max(float((frame.duration or 0) * frame.time_base), 1 / self.fps)
+        if self.ahead is None and late > 0.5: self.ended = f"truncated: its frames end at {t - late:.2f} s of {self.seconds:.2f} s"
+        if self.ended: raise MediaError(self.path, self.ended)
+        return frame, time
+
+# %% ../../nbs/media/video.ipynb #e7cbfe87
+def _pairs_at(reader: _Reader, times: Iterable[float], apart: float, last: float, size: tuple[int, int] | None, keep_going: bool,
+              max_clip_bytes: int) -> Iterator[Pair | MediaError]:
+    waiting: deque[tuple[float, Any]] = deque() # when the second frame is due; the first, and its time
+    latest: Any = (None, None)
+    scalers = VideoReformatter(), VideoReformatter()
+    def look(t: float) -> Any:
+        nonlocal latest
+        try: frame, time = reader.at(t)
+        except MediaError as e:
+            if not keep_going: raise
+            return e
+        if time != latest[1]: latest = _pixels(frame, size, scalers), time
+        return latest
+    def pair(due: float, first: Any) -> Pair | MediaError:
+        second = look(due)
+        if wrong := next((x for x in (first, second) if isinstance(x, MediaError)), None): return wrong
+        return Pair(first[0], second[0], second[1] - first[1] if second[1] > first[1] else apart, first[1])
+    before = 0.0
+    for t in times:
+        if t < before: raise ParameterError(f"times: {t:g} s after {before:g} s; rising times from 0 on are needed")
+        before, begin = t, min(max(t - apart / 2, 0.0), last)
+        while waiting and waiting[0][0] <= begin: yield pair(*waiting.popleft())
+        waiting.append((begin + apart, look(begin)))
+        if latest[0] is not None: _check_clip_size(reader.path, latest[0].shape[:2], len(waiting), max_clip_bytes)
+    while waiting: yield pair(*waiting.popleft())
+
+def stream_pairs(
+    path: str | Path, # a video file on this machine
+    times: Iterable[float], # seconds, rising: the middles of the pairs
+    *,
+    gap: float = 1 / 12, # seconds between the two frames; at least one frame apart
+    size: int | tuple[int, int] | None = None, # as in `read_clip`
+    keep_going: bool = False, # yield an error in place of a pair that is lost, also of a file that was cut off; False: raise it
+    max_bytes: int = MAX_BYTES, # refuse larger files
+    max_pixels: int = MAX_PIXELS, # refuse larger frames
+    max_frames: int = MAX_FRAMES, # refuse more frames
+    max_seconds: float = MAX_SECONDS, # refuse longer videos
+    max_clip_bytes: int = MAX_CLIP_BYTES, # refuse to hold more pixels than this at a time
+) -> Iterator[Pair | MediaError]: # one for each time, in their order
+    "Read pairs of frames about `gap` seconds apart around many moments, one after the other."
+    wanted, limits = _height_width(size), (max_bytes, max_pixels, max_frames)
+    if gap <= 0: raise ParameterError(f"gap={gap}: must be above 0 seconds")
+    with _opened(path, *limits, keep_going) as (container, stream):
+        total, _, fps, counted = _length(path, stream, limits)
+        _window(path, total, 0.0, None, max_seconds)
+        apart = max(gap, 1 / fps)
+        reader = (_ToughReader if keep_going else _Reader)(container, stream, path, total, fps, counted, max_pixels, max_frames)
+        yield from _pairs_at(reader, times, apart, max(total - apart - 0.5 / fps, 0), wanted, keep_going, max_clip_bytes)

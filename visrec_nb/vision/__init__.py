@@ -4,6 +4,10 @@ import lazy_loader as lazy
 __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "active": ["label_next", "uncertainty"],
     "backbones": ["Backbone", "backbone", "onnx_backbone", "torch_backbone"],
+    "clips": ["clip_network_preprocessing", "read_views"],
+    "clip_networks": ["ClipBackbone", "clip_backbone", "onnx_clip_backbone", "temporal_shift", "torch_clip_backbone"],
+    "clip_learners": ["clip_learner"],
+    "frame_cache": ["FrameCache"],
     "encoder": ["Encoder", "FunctionEncoder", "open_encoder"],
     "torch_encoder": ["TorchEncoder"],
     "store": ["EmbeddingStore"],
@@ -18,7 +22,10 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "evaluation": ["classification_metrics", "confused_pairs", "multi_label_metrics", "worst_mistakes"],
     "calibration": ["choose_thresholds", "conformal_sets", "conformal_state", "fit_temperature", "reject", "threshold_for"],
     "comparison": ["compare_classifiers", "disagreements", "items_needed", "plot_comparison"],
+    "streams": ["moving_square", "pair_motion", "pair_pictures"],
+    "time_use": ["accuracy_by_views", "answers_by_order", "moment_evidence", "opposites", "plot_moments"],
     "slices": ["picture_facts", "plot_slices", "slice_table"],
     "robustness": ["corrupt", "plot_corruptions", "plot_robustness", "robustness_summary", "robustness_table", "try_corruptions"],
     "predictor": ["ClassifierBundle"],
+    "timeline": ["events", "plot_timeline", "unreadable"],
 })

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GAP', 'PROMISES', 'head_logits', 'weights_fingerprint', 'write_classifier_bundle']
 
-# %% ../../nbs/vision/bundles.ipynb #32f45afc
+# %% ../../nbs/vision/bundles.ipynb #62f398ea
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ from torch import nn
 
 from ..core.bundle import new_bundle
 from ..data.catalog import catalog_fingerprint
+from ..data.remote import local_file
 from .calibration import choose_thresholds, conformal_state, fit_temperature, threshold_for
 from .evaluation import log_loss, sigmoid, softmax
 from .export import check_onnx, export_encoder, export_onnx, quantize_encoder
-from .features import embed_all, plain_pixels
+from .features import Window, embed_all, plain_pixels, sources_of
 from .head_fitting import one_thread
 from .metadata import beside, column_values
 from .predictor import ClassifierBundle
@@ -46,7 +47,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()): digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../../nbs/vision/bundles.ipynb #174ea7ab
+# %% ../../nbs/vision/bundles.ipynb #bba5d118
 MOST_GAP = 1e-4
 
 def _write_encoders(learn: "VisionLearner", folder: Path, int8: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -64,10 +65,10 @@ def _write_encoders(learn: "VisionLearner", folder: Path, int8: bool) -> tuple[l
                       "preprocessing": {**how, "views": learn.judged} if "views" in how else how})
     return facts, gap
 
-def _pixels(learn: "VisionLearner", how: dict[str, Any], train: bool, most: int) -> np.ndarray: # uint8 (n, S, S, 3)
-    part = learn.catalog.filter(learn.train_rows == train)
+def _pixels(learn: "VisionLearner", how: dict[str, Any], train: bool, most: int) -> np.ndarray: # uint8 (n, S, S, 3), or fewer clips
+    part, most = learn.catalog.filter(learn.train_rows == train), max(most // how.get("num_frames", 1), 2)
     part = part.sample(min(most, len(part)), seed=learn.seed)
-    return plain_pixels(part["path"], how)[:most]
+    return plain_pixels(sources_of(part), how)[:most]
 
 def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
     "The largest difference in probability between torch and the graph, from pixels."
@@ -76,10 +77,10 @@ def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
     model = learn.model.cpu().eval()
     with torch.no_grad():
         seen = (torch.from_numpy(pixels).float() - torch.tensor(row.mean)) / torch.tensor(row.std)
-        vectors = model[0](seen.permute(0, 3, 1, 2)).numpy()
+        vectors = model[0](seen.movedim(-1, -3)).numpy()
     return check_onnx(file, {"pixels": pixels}, vectors, MOST_GAP, lambda v: activate(head_logits(model[1], v[:, None])))
 
-# %% ../../nbs/vision/bundles.ipynb #8d0ecafc
+# %% ../../nbs/vision/bundles.ipynb #9095c5be
 PROMISES = (0.9, 0.95, 0.98, 0.99)
 
 def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -90,6 +91,15 @@ def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray
     probs = softmax(logits, temperature)
     sure = {str(promise): threshold_for(probs, targets, promise) for promise in PROMISES}
     return {"temperature": temperature, "conformal": conformal_state(probs, targets), "sure_above": sure}
+
+def _clip_seconds(learn: "VisionLearner", most: int = 32) -> float:
+    "The usual length of a training clip: the median of some."
+    from visrec_nb.media.video import probe
+    part = learn.catalog.filter(learn.train_rows)
+    sources = list(sources_of(part.sample(min(most, len(part)), seed=learn.seed)))
+    windows = [s if isinstance(s, Window) else Window(s, 0.0) for s in sources]
+    lengths = [w.seconds or probe(local_file(w.path)).seconds - w.start for w in windows]
+    return round(float(np.median(lengths)), 3)
 
 def write_classifier_bundle(
     learn: "VisionLearner", # trained
@@ -106,6 +116,7 @@ def write_classifier_bundle(
                  "skipped": learn.skipped.height, "training_views": learn.preprocessings[0].get("views", [])},
         "packages": {name: version(name) for name in ("torch", "fastai", "timm", "onnx", "onnxruntime")},
         "tried": learn.history, "training": _training_facts(learn), **facts}
+    if learn.preprocessings[0]["media"] == "video": manifest["data"]["clip_seconds"] = _clip_seconds(learn)
     with new_bundle(path, f"{learn.preprocessings[0]['media']}_classification", manifest) as folder:
         manifest["encoders"], gap = _write_encoders(learn, folder, int8)
         valid, exact = learn.catalog.filter(~train), learn._features[~train][:, learn.judged_views]
@@ -116,8 +127,9 @@ def write_classifier_bundle(
             features = beside(found.features, column_values(found.catalog, learn.columns))
         targets, activate = learn.truth[~train], sigmoid if learn.multi_label else softmax
         logits = head_logits(learn.head.cpu(), features)
-        example = torch.from_numpy(np.ascontiguousarray(np.repeat(features[:1], 2, 0)))
-        export_onnx(learn.head, {"features": example}, "logits", folder / "head.onnx")
+        free = ("batch", "views") if "num_frames" in learn.preprocessings[0] else ("batch",)
+        example = np.resize(features[:1], (*[2] * len(free), *features.shape[len(free):]))
+        export_onnx(learn.head, {"features": torch.from_numpy(example)}, "logits", folder / "head.onnx", free=free)
         manifest |= gap | {"head_gap": check_onnx(folder / "head.onnx", {"features": features}, logits, MOST_GAP, activate)}
         manifest |= _calibration(learn, logits, targets)
         if int8 and not learn.body_changed(): manifest["int8"] = _loss_by_int8(learn, exact, logits, targets)

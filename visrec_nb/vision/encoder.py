@@ -40,9 +40,9 @@ def run_onnx(
     "Run a session on named arrays."
     return session.run(None, inputs)[0]
 
-# %% ../../nbs/vision/encoder.ipynb #b817e958
+# %% ../../nbs/vision/encoder.ipynb #c9fb46c6
 class Encoder:
-    "An ONNX graph that turns uint8 pixels (N, size, size, 3) into float32 embeddings (N, dim), on a CPU."
+    "An ONNX graph that turns uint8 pixels, pictures (N, size, size, 3) or clips (N, T, size, size, 3), into embeddings (N, dim), on a CPU."
     batch_size = 4
     def __init__(self,
         path: str | Path, # the .onnx file
@@ -50,28 +50,30 @@ class Encoder:
         self.session = onnx_session(path)
         put, got = self.session.get_inputs(), self.session.get_outputs()
         shape, dim = put[0].shape, got[0].shape[-1]
-        square = len(put) == 1 and put[0].type == "tensor(uint8)" and len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3
+        square = len(put) == 1 and put[0].type == "tensor(uint8)" and len(shape) in (4, 5) and shape[-3] == shape[-2] and shape[-1] == 3
         if not square or not isinstance(dim, int):
             raise BundleError(f"{path}: an encoder takes one uint8 input (N, size, size, 3) and gives (N, dim); "
                               f"this takes {put[0].type} {shape}")
-        self.name, self.size, self.dim = str(Path(path).resolve()), int(shape[1]), dim
+        self.name, self.size, self.dim = str(Path(path).resolve()), int(shape[-2]), dim
+        self.num_frames = int(shape[1]) if len(shape) == 5 else None
         facts = self.session.get_modelmeta().custom_metadata_map
         self.id = facts.get("visrec_id") or sha256_file(path)
         self.interpolation = facts.get("visrec_interpolation", "bicubic")
 
     def __call__(self,
-        pixels: np.ndarray, # uint8 (N, size, size, 3)
+        pixels: np.ndarray, # uint8 (N, size, size, 3), of clips (N, T, size, size, 3)
     ) -> np.ndarray: # float32 (N, dim)
-        "Embed pictures one after the other; may be called from several threads at once."
-        _check_pixels(pixels, self.size)
+        "Embed pictures or clips one after the other; may be called from several threads at once."
+        _check_pixels(pixels, self.size, self.num_frames)
         out = np.empty((len(pixels), self.dim), np.float32)
         name = self.session.get_inputs()[0].name
         for n in range(len(pixels)): out[n] = self.session.run(None, {name: np.ascontiguousarray(pixels[n:n + 1])})[0][0]
         return out
 
-def _check_pixels(pixels: np.ndarray, size: int) -> None:
-    if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"expected uint8 (N, {size}, {size}, 3), got {pixels.dtype} {pixels.shape}")
+def _check_pixels(pixels: np.ndarray, size: int, num_frames: int | None = None) -> None:
+    shape = (*([] if num_frames is None else [num_frames]), size, size, 3)
+    if pixels.shape[1:] != shape or not pixels.ndim or pixels.dtype != np.uint8:
+        raise ValueError(f"expected uint8 (N, {', '.join(map(str, shape))}), got {pixels.dtype} {pixels.shape}")
 
 # %% ../../nbs/vision/encoder.ipynb #68604a95
 class FunctionEncoder:

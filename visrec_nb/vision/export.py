@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['export_encoder', 'from_pixels', 'export_onnx', 'check_onnx', 'quantize_encoder']
 
-# %% ../../nbs/vision/export.ipynb #d39d153f
+# %% ../../nbs/vision/export.ipynb #d900bb90
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,35 +22,36 @@ if TYPE_CHECKING:
 
     from visrec_nb.vision.backbones import Backbone
 
-# %% ../../nbs/vision/export.ipynb #0f97d276
+# %% ../../nbs/vision/export.ipynb #4815f486
 def export_encoder(
-    model: "nn.Module", # normalised float (N, 3, H, W) -> embeddings (N, dim)
-    row: "Backbone", # its size, mean, std and interpolation
+    model: "nn.Module", # normalised float (N, 3, H, W), of clips (N, T, 3, H, W) -> embeddings (N, dim)
+    row: "Backbone", # its size, mean, std and interpolation; of a clip network also the number of frames
     path: str | Path, # the .onnx file
     identity: str | None = None, # from `backbones.backbone_id`, for weights as they came; None: the file's own bytes identify it
 ) -> None:
-    "Write `model` as ONNX: uint8 pixels (N, size, size, 3) in, float32 embeddings (N, dim) out."
+    "Write `model` as ONNX: uint8 pixels (N, size, size, 3), of clips (N, T, size, size, 3), in, float32 embeddings (N, dim) out."
     require("onnxscript", "vision")
     import torch
-    pixels = torch.zeros(2, row.size, row.size, 3, dtype=torch.uint8)
+    frames = [row.num_frames] if hasattr(row, "num_frames") else []
+    pixels = torch.zeros(2, *frames, row.size, row.size, 3, dtype=torch.uint8)
     facts = {"visrec_id": identity} if identity else {}
     if row.interpolation != "bicubic": facts["visrec_interpolation"] = row.interpolation
     export_onnx(from_pixels(model, row).eval(), {"pixels": pixels}, "embedding", path, facts)
 
 def from_pixels(
-    model: "nn.Module", # normalised float (N, 3, H, W) -> embeddings (N, dim)
+    model: "nn.Module", # normalised float (N, 3, H, W), of clips (N, T, 3, H, W) -> embeddings (N, dim)
     row: "Backbone", # its mean and std
-) -> "nn.Module": # uint8 (N, H, W, 3) -> embeddings (N, dim)
+) -> "nn.Module": # uint8 (N, H, W, 3), of clips (N, T, H, W, 3) -> embeddings (N, dim)
     "`model` with the normalisation of pixels before it."
     import torch
     class FromPixels(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (row.mean, row.std))
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (row.mean, row.std))
             self.model = model
             self.register_buffer("scale", 1 / std)
             self.register_buffer("shift", -mean / std)
-        def forward(self, pixels): return self.model(pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift)
+        def forward(self, pixels): return self.model(pixels.movedim(-1, -3).float() * self.scale + self.shift)
     return FromPixels()
 
 def export_onnx(
@@ -59,6 +60,7 @@ def export_onnx(
     output: str, # the result's name
     path: str | Path, # the .onnx file
     facts: Mapping[str, str] | None = None, # written into the file's metadata
+    free: Sequence[str] = ("batch",), # names of the first axes, which may have any length
 ) -> None:
     "Export with a batch axis of any length, in one file, quietly."
     import contextlib, io, logging, warnings
@@ -67,9 +69,9 @@ def export_onnx(
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with atomic_file(path) as aside, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        batch = torch.export.Dim("batch")
+        axes = {n: torch.export.Dim(name) for n, name in enumerate(free)}
         program = torch.onnx.export(module.cpu().eval(), tuple(inputs.values()), input_names=list(inputs), output_names=[output],
-                                    dynamic_shapes=tuple({0: batch} for _ in inputs), dynamo=True, verbose=False)
+                                    dynamic_shapes=tuple(axes for _ in inputs), dynamo=True, verbose=False)
         assert program is not None
         program.model.metadata_props.update(facts or {})
         program.save(aside, external_data=False)
@@ -91,7 +93,7 @@ def check_onnx(
     if gap <= at_most: return gap
     raise BundleError(f"{Path(path).name} differs from torch by {gap:.2g} (at most {at_most:.2g}): it did not export exactly")
 
-# %% ../../nbs/vision/export.ipynb #a68b0917
+# %% ../../nbs/vision/export.ipynb #b4e009bb
 def quantize_encoder(
     path: str | Path, # an encoder as ONNX, from `export_encoder` or `backbones.onnx_backbone`
     out: str | Path, # the .onnx file to write
@@ -123,7 +125,7 @@ def _calibration(model: Any, batches: Iterable[np.ndarray]) -> Any:
     "The batches as onnxruntime reads them, one at a time."
     from onnxruntime.quantization import CalibrationDataReader
     put = model.graph.input[0]
-    size = put.type.tensor_type.shape.dim[1].dim_value
+    shape = [axis.dim_value for axis in put.type.tensor_type.shape.dim]
     class Batches(CalibrationDataReader):
         seen, rest = 0, iter(batches)
         def get_next(self):
@@ -131,7 +133,7 @@ def _calibration(model: Any, batches: Iterable[np.ndarray]) -> Any:
             if pixels is None:
                 if not self.seen: raise InputError("no pictures to learn the ranges of the 8-bit network from")
                 return None
-            _check_pixels(pixels, size)
+            _check_pixels(pixels, shape[-2], shape[1] if len(shape) == 5 else None)
             self.seen += len(pixels)
             return {put.name: np.ascontiguousarray(pixels)}
     return Batches()

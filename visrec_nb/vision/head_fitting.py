@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'one_thread', 'fit_linear', 'fit_head_on']
 
-# %% ../../nbs/vision/head_fitting.ipynb #c8e1d29d
+# %% ../../nbs/vision/head_fitting.ipynb #13deeefd
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from ..core.errors import InputError
 from ..core.progress import track
-from .heads import ClipHead, ImageHead
+from .calibration import fit_temperature
+from .heads import SHARES, ClipHead, ImageHead
 
 # %% ../../nbs/vision/head_fitting.ipynb #24becb61
 @contextmanager
@@ -61,7 +63,17 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor: # (N,)
     if targets.ndim == 1: return F.cross_entropy(logits, targets, reduction="none")
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
-# %% ../../nbs/vision/head_fitting.ipynb #e68a679c
+# %% ../../nbs/vision/head_fitting.ipynb #33ac627a
+def _turned(inputs: Tensor) -> tuple[Tensor, Tensor | None]: # (N, R) and the turn (R, D); None: as they were
+    "The inputs in the space that they span, where that is smaller."
+    if inputs.shape[1] <= 1.5 * len(inputs): return inputs, None
+    values, vectors = torch.linalg.eigh((inputs @ inputs.T).double())
+    kept = values > 1e-7 * values[-1].clamp(min=1e-30)
+    lengths = values[kept].sqrt()
+    turn = (vectors[:, kept] / lengths).T @ inputs.double()
+    return (vectors[:, kept] * lengths).float(), turn.float()
+
+# %% ../../nbs/vision/head_fitting.ipynb #8a37375c
 STRENGTHS = tuple(float(f"{10 ** -power:.1e}") for power in np.arange(2, 6.75, 0.5))
 
 def fit_head_on(
@@ -72,28 +84,42 @@ def fit_head_on(
     strengths: Sequence[float] = STRENGTHS, # to try, strong first
     judged: Sequence[int] = (0,), # the views by which an item left out is judged
     weights: np.ndarray | None = None, # float (N,) say of each item; None: all the same
-) -> list[dict[str, float]]: # strength, log_loss, accuracy (several labels: of exactly all) on items left out: a row each
+) -> list[dict[str, float]]: # strength, log_loss, accuracy (several labels: of all) on items left out: a row each; clips: motion
     "Fit a head, its strength chosen by cross-validation."
     x = torch.from_numpy(features)
-    with one_thread(), torch.no_grad():
-        head.cpu().measure(x)
-        inputs = head.inputs(x)
-    views = inputs.shape[1] if inputs.ndim == 3 else 1
-    flat, several = inputs.reshape(len(x) * views, -1), targets.ndim == 2
+    with one_thread(), torch.no_grad(): head.cpu().measure(x)
+    several = targets.ndim == 2
     goal = torch.tensor(targets, dtype=torch.float32 if several else torch.long)
-    y, say = goal.repeat_interleave(views, 0), torch.ones(len(x)) if weights is None else torch.tensor(weights, dtype=torch.float32)
-    classes = head.linear.out_features
-    if len(strengths) == 1 or len(np.unique(fold)) < 2: tried, best = [], strengths[len(strengths) // 2]
-    else:
-        tried = _cross_validate(flat, y, goal, torch.tensor(fold), classes, strengths, judged, say, views)
-        best = min(tried, key=lambda row: row["log_loss"])["strength"]
-    weight, bias = fit_linear(flat, y, classes, best, say.repeat_interleave(views))
-    head.linear.weight.data, head.linear.bias.data = weight, bias
+    say = torch.ones(len(x)) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    fixed = len(strengths) == 1 or len(np.unique(fold)) < 2
+    shares: Sequence[Any] = SHARES if isinstance(head, ClipHead) and head.motion_dim and not fixed else [None]
+    tried: list[dict[str, float]] = []
+    best: dict[str, Any] = {"strength": strengths[len(strengths) // 2], "log_loss": np.inf, "share": None}
+    for share in [] if fixed else shares:
+        inputs, views, _ = _inputs(head, x, share)
+        rows = _cross_validate(inputs, goal, torch.tensor(fold), head.linear.out_features, strengths, judged, say, views)
+        least = min(rows, key=lambda row: row["log_loss"])
+        if least["log_loss"] < best["log_loss"]: best = {**least, "share": share}
+        tried += rows if share is None else [{"motion": share[1] + share[2], **row} for row in rows]
+    inputs, views, turn = _inputs(head, x, best["share"])
+    y = goal.repeat_interleave(views, 0)
+    weight, bias = fit_linear(inputs, y, head.linear.out_features, best["strength"], say.repeat_interleave(views))
+    head.linear.weight.data, head.linear.bias.data = weight if turn is None else weight @ turn, bias
     return tried
 
-def _cross_validate(flat: Tensor, y: Tensor, goal: Tensor, fold: Tensor, classes: int, strengths: Sequence[float], judged: Sequence[int],
+@one_thread()
+@torch.no_grad()
+def _inputs(head: ImageHead | ClipHead, features: Tensor, share: Sequence[float] | None) -> tuple[Tensor, int, Tensor | None]:
+    "What the linear layer sees (N * views, R), how many views an item has, and the turn back."
+    if share is not None and isinstance(head, ClipHead): head.share(share)
+    inputs = head.inputs(features)
+    views = inputs.shape[1] if inputs.ndim == 3 else 1
+    turned, turn = _turned(inputs.reshape(len(features) * views, -1))
+    return turned, views, turn
+
+def _cross_validate(flat: Tensor, goal: Tensor, fold: Tensor, classes: int, strengths: Sequence[float], judged: Sequence[int],
                     say: Tensor, views: int) -> list[dict[str, float]]:
-    folds = fold.unique()
+    folds, y = fold.unique(), goal.repeat_interleave(views, 0)
     without = torch.stack([(say * (fold != left_out)).repeat_interleave(views) for left_out in folds])
     seen = flat.view(len(goal), views, -1)[:, list(judged) if views > 1 else [0]]
     fitted: tuple[Tensor, Tensor] | None = None
@@ -104,7 +130,8 @@ def _cross_validate(flat: Tensor, y: Tensor, goal: Tensor, fold: Tensor, classes
         for left_out, weight, bias in zip(folds, *fitted, strict=True):
             logits[fold == left_out] = F.linear(seen[fold == left_out], weight, bias).mean(1)
         right = ((logits > 0) == goal.bool()).all(1) if goal.ndim == 2 else logits.argmax(1) == goal
-        loss = float(_losses(logits, goal) @ say / say.sum())
+        heat = fit_temperature(logits.numpy(), (goal > 0.5).numpy() if goal.ndim == 2 else goal.numpy(), goal.ndim == 2)
+        loss = float(_losses(logits / heat, goal) @ say / say.sum())
         tried.append({"strength": strength, "log_loss": loss, "accuracy": float(right.float().mean())})
         if len(tried) > 2 and tried[-1]["log_loss"] > tried[-2]["log_loss"] > tried[-3]["log_loss"]: break
     return tried

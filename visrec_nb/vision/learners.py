@@ -6,7 +6,7 @@
 __all__ = ['training_part', 'feature_loaders', 'VisionLearner', 'train_both', 'image_learner', 'video_learner',
            'still_frame_metrics']
 
-# %% ../../nbs/vision/learners.ipynb #986a7db1
+# %% ../../nbs/vision/learners.ipynb #035dd807
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,12 +32,14 @@ from ..data.prepare import sample_weights
 from ..data.splits import fold_catalog, split_catalog
 from .backbones import Backbone, backbone, onnx_backbone, torch_backbone
 from .bundles import head_logits, weights_fingerprint, write_classifier_bundle
+from .clip_networks import is_clip_network
 from .features import Embedded, clip_preprocessing, embed_all, image_preprocessing
 from .head_fitting import STRENGTHS, fit_head_on
 from .heads import ClipHead, ImageHead
 from .loaders import image_loaders
 from .metadata import beside, column_facts, column_values
 from .predictor import ClassifierBundle, Evaluation
+from .streams import STREAMS
 from .training import TrainingLog, fit_network
 
 # %% ../../nbs/vision/learners.ipynb #b7d0c64e
@@ -85,7 +87,7 @@ def feature_loaders(
     loaders = DataLoader(sets[0], bs=bs, shuffle=True, drop_last=True, num_workers=0), DataLoader(sets[1], bs=256, num_workers=0)
     return DataLoaders(*loaders, device=torch.device("cpu"))
 
-# %% ../../nbs/vision/learners.ipynb #65670838
+# %% ../../nbs/vision/learners.ipynb #ca2bd279
 class VisionLearner(Learner):
     "A fastai `Learner` that remembers its catalog, fits its head on cached features, trains its network, and writes bundles."
     catalog: pl.DataFrame # the readable train and valid rows
@@ -150,7 +152,7 @@ class VisionLearner(Learner):
             warnings.warn(f"the strength was not chosen by cross-validation ({e})", DataWarning, stacklevel=2)
             fold = np.zeros(len(part), int)
         x, weights = self._features[train], sample_weights(part) if balance else None
-        judged = self.judged_views if self.preprocessings[0]["media"] == "image" else [0]
+        judged = self.judged_views if isinstance(self.head, ImageHead) else [0]
         self.history = fit_head_on(self.head, x, self.truth[train], fold, strengths, judged, weights)
         return self
 
@@ -270,29 +272,34 @@ def image_learner(
     return _remember(learn, found, features, labels=labels, multi_label=several, preprocessings=preprocessings, judged=list(judged),
                      rows=rows, columns=facts, seed=seed, _encoders=encoders, _pretrained="" if body is None else weights_fingerprint(body))
 
-# %% ../../nbs/vision/learners.ipynb #b6463f0f
+# %% ../../nbs/vision/learners.ipynb #7a1be663
 def video_learner(
     source: Any, # class folders, a catalog file or frame
-    arch: str = "efficientnet_lite0", # the backbone: see `backbones.backbone`
+    arch: str = "efficientnet_lite0", # the backbone: see `backbones.backbone`; or a clip network: see `clip_networks.clip_backbone`
     *,
     store: str | Path | None = None, # the embedding store; None: the cache folder
     num_segments: int = 8, # moments looked at in a clip
+    streams: Sequence[str] = STREAMS, # pictures of each moment: see `streams`; fewer are faster
     valid_fraction: float = 0.2, # set aside where there is no validation part
-    bs: int = 64, # batch size
+    bs: int | None = None, # batch size; None: 64, of clip networks 8
     dropout: float = 0.0, # before the last layer
     seed: int = 42, # of everything random
-    **kwargs: Any, # for `Learner`
+    **kwargs: Any, # for `Learner`; of clip networks also as in `clip_learners.clip_learner`
 ) -> VisionLearner:
-    "A fastai learner for clips: frame embeddings and motion, pooled over time."
+    "A fastai learner for clips: frame embeddings and motion, pooled over time; or a clip network, trained from end to end."
+    if is_clip_network(arch):
+        from visrec_nb.vision.clip_learners import clip_learner
+        return clip_learner(source, arch, store=store, valid_fraction=valid_fraction, bs=bs or 8, dropout=dropout, seed=seed, **kwargs)
     row = backbone(arch)
     part, labels = training_part(source, "video", valid_fraction, seed)
     if "labels" in part.columns: raise CatalogError("the catalog has several labels a clip; this learner is for one ('label')")
-    encoders, preprocessings = [onnx_backbone(arch)], [clip_preprocessing(row.size, num_segments)]
+    encoders, preprocessings = [onnx_backbone(arch)], [clip_preprocessing(row.size, num_segments, streams=streams)]
     found = _readable(part, labels, encoders, preprocessings, store, seed)
     features, train = found.features, (found.catalog["split"] == "train").to_numpy()
-    head = ClipHead(row.dim, features.shape[2] - row.dim, len(labels), dropout)
+    looks = row.dim * len(streams)
+    head = ClipHead(looks, features.shape[2] - looks, len(labels), dropout)
     head.measure(torch.from_numpy(features[train]))
-    dls = feature_loaders(features, class_numbers(found.catalog, labels), train, bs)
+    dls = feature_loaders(features, class_numbers(found.catalog, labels), train, bs or 64)
     learn = VisionLearner(dls, head, loss_func=CrossEntropyLossFlat(), **({"metrics": accuracy} | kwargs))
     return _remember(learn, found, features, labels=labels, multi_label=False, preprocessings=preprocessings, judged=["clip"], rows=[row],
                      columns=[], seed=seed, _encoders=encoders, _pretrained="")

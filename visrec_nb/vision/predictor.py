@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_SCHEMA', 'ClassifierBundle', 'Evaluation']
 
-# %% ../../nbs/vision/predictor.ipynb #7513a08e
+# %% ../../nbs/vision/predictor.ipynb #45dd6f3f
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ from ..data.catalog import class_indicators, class_numbers, read_catalog
 from .calibration import answered_metrics, conformal_metrics, conformal_sets
 from .encoder import Encoder, cores, onnx_session, run_onnx
 from .evaluation import classification_metrics, multi_label_metrics, sigmoid, softmax
-from .features import Embedded, embed_all, stream_features
+from .features import Embedded, Window, embed_all, sources_of, stream_features
 from .metadata import beside, column_values
 
-# %% ../../nbs/vision/predictor.ipynb #56c0379d
+# %% ../../nbs/vision/predictor.ipynb #59f908dc
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
@@ -132,17 +132,17 @@ class ClassifierBundle:
         return catalog.filter(~strange), int(strange.sum())
 
     def predict(self,
-        items: Any, # paths of photos or clips, or uint8 arrays (H, W, 3); or a frame with `path` and the columns that the model wants
+        items: Any, # paths, uint8 arrays (H, W, 3), parts of videos (`Window`); or a frame with `path`, `start`..., the model's columns
         top: int = 5, # how many classes to list
         coverage: float | None = None, # list instead the labels that hold the true one with this probability (conformal sets)
         reject_below: float | None = None, # leave the label empty where its score is lower
-    ) -> pl.DataFrame: # path, label, score, labels, scores, error: a row a file, in order
+    ) -> pl.DataFrame: # path, (of parts of videos also start, seconds,) label, score, labels, scores, error: a row a file or part, in order
         "Classify files; one that cannot be read has an `error` and no label."
         if top < 1: raise InputError(f"top={top}: must be at least 1")
         if coverage is not None and self.multi_label: raise ParameterError("coverage: sets are for bundles with one label an item")
         frame = items if isinstance(items, pl.DataFrame) else None
-        sources = items["path"] if frame is not None else [items] if isinstance(items, str | Path) else list(items)
-        rows: list[dict[str, Any]] = [{"path": f"array {n}" if isinstance(s, np.ndarray) else str(s)} for n, s in enumerate(sources)]
+        sources = list(sources_of(frame)) if frame is not None else [items] if isinstance(items, str | Path | Window) else list(items)
+        rows: list[dict[str, Any]] = [_named(source, n) for n, source in enumerate(sources)]
         if self.columns: self.with_columns(np.zeros((0, 1, 1), np.float32), None if frame is None else frame[:0])
         for batch in stream_features(sources, self.preprocessings, self.encoders, threads=self.threads):
             features = self.with_columns(batch.features, None if frame is None else frame[batch.rows]) if batch.rows else batch.features
@@ -150,7 +150,8 @@ class ClassifierBundle:
             sets = conformal_sets(probs, self.manifest["conformal"], coverage) if coverage is not None else [None] * len(probs)
             for row, p, chosen in zip(batch.rows, probs, sets, strict=True): rows[row] |= self._answer(p, chosen, top, reject_below)
             for row, reason in batch.errors.items(): rows[row]["error"] = reason
-        return pl.DataFrame(rows, schema=PREDICTION_SCHEMA)
+        window = {"start": pl.Float64, "seconds": pl.Float64} if any(isinstance(source, Window) for source in sources) else {}
+        return pl.DataFrame(rows, schema={"path": pl.String, **window, **PREDICTION_SCHEMA})
 
     def _answer(self, p: np.ndarray, chosen: Any, top: int, reject_below: float | None) -> dict[str, Any]:
         order = np.argsort(-p, kind="stable")
@@ -160,6 +161,11 @@ class ClassifierBundle:
         sure = (self.thresholds is None or len(listed) > 0) and (reject_below is None or p[best] >= reject_below)
         return {"label": self.labels[best] if sure else None, "score": float(p[best]), "labels": [self.labels[i] for i in listed],
                 "scores": p[listed].tolist()}
+
+def _named(source: Any, n: int) -> dict[str, Any]:
+    "What an answer is for."
+    if isinstance(source, Window): return {"path": str(source.path), "start": source.start, "seconds": source.seconds}
+    return {"path": f"array {n}" if isinstance(source, np.ndarray) else str(source)}
 
 @dataclass
 class Evaluation:

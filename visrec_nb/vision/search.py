@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ITEM_COLUMNS', 'RESULT_SCHEMA', 'Filled', 'fill_gallery', 'Gallery']
 
-# %% ../../nbs/vision/search.ipynb #dda48a62
+# %% ../../nbs/vision/search.ipynb #a6d98c0a
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ from ..core.files import atomic_file, fingerprint
 from ..data.catalog import media_kind
 from ..data.neighbours import Neighbours
 from .encoder import open_encoder
-from .features import Embedded, embed, encode_item, preprocessing_for, read_item
+from .features import Embedded, embed, encode_item, preprocessing_for, read_item, store_keys
 from .store import EmbeddingStore
 
-# %% ../../nbs/vision/search.ipynb #02b1a377
+# %% ../../nbs/vision/search.ipynb #334c455e
 class Filled(NamedTuple):
     "What became of a catalog."
     items: int # that can be found now
     computed: int # of them, how many were embedded now
     skipped: pl.DataFrame # item_id, path, reason
 
-ITEM_COLUMNS = ("item_id", "path", "media", "label", "sha256")
+ITEM_COLUMNS = ("item_id", "path", "media", "label", "sha256", "start", "seconds")
 
 def fill_gallery(
     catalog: pl.DataFrame, # photos and clips
@@ -105,7 +105,7 @@ def _best_moment(rows: np.ndarray, cosine: np.ndarray, mine: np.ndarray, moment:
     found = float(moment[rows.ravel()[int(at.argmax())]])
     return None if np.isnan(found) else found
 
-# %% ../../nbs/vision/search.ipynb #b54486ce
+# %% ../../nbs/vision/search.ipynb #aa226395
 class _Part(NamedTuple):
     store: EmbeddingStore
     items: pl.DataFrame
@@ -130,7 +130,7 @@ def _open_parts(folder: Path, backbone: Any) -> list[_Part]:
 def _open_part(store: EmbeddingStore) -> _Part:
     lists = sorted((store.folder / "items").glob("*.parquet"), key=lambda p: (p.stat().st_mtime_ns, p.name))
     items = pl.concat([pl.read_parquet(p) for p in lists], how="diagonal").unique("item_id", keep="last", maintain_order=True)
-    items = items.filter(pl.Series(store.has(items["sha256"].to_list()), dtype=pl.Boolean))
+    items = items.filter(pl.Series(store.has(store_keys(items)), dtype=pl.Boolean))
     per = store.shape[0] if len(store.shape) == 2 else 1
     moments = (np.arange(per) + 0.5) / per if per > 1 else np.full(1, np.nan)
     return _Part(store, items, np.repeat(np.arange(items.height), per), np.tile(moments, items.height))
@@ -145,7 +145,7 @@ def _encoder_of(parts: Sequence[_Part], backbone: Any) -> Any:
 def _vectors(parts: Sequence[_Part], dim: int) -> np.ndarray: # float32 (V, dim)
     out, start = np.empty((sum(len(part.owner) for part in parts), dim), np.float32), 0
     for part in parts:
-        keys = part.items["sha256"].to_list()
+        keys = store_keys(part.items)
         for few in (keys[i:i + 4096] for i in range(0, len(keys), 4096)):
             found = part.store.get(few)[..., :dim].reshape(-1, dim)
             out[start:start + len(found)] = found
@@ -155,7 +155,7 @@ def _vectors(parts: Sequence[_Part], dim: int) -> np.ndarray: # float32 (V, dim)
 def _index(folder: Path, parts: Sequence[_Part], dim: int, exact_below: int) -> Neighbours:
     total = sum(len(part.owner) for part in parts)
     if total < exact_below: return Neighbours(_vectors(parts, dim), exact_below)
-    held = fingerprint([[part.store.folder.name, part.items["sha256"].to_list()] for part in parts])[:16]
+    held = fingerprint([[part.store.folder.name, store_keys(part.items)] for part in parts])[:16]
     path = folder / f"graph-{held}.faiss"
     if path.is_file(): return Neighbours.load(path, dim, total)
     index = Neighbours(_vectors(parts, dim), exact_below)

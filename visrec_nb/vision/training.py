@@ -548,9 +548,9 @@ def _run_facts(learn: Learner, settings: dict[str, Any]) -> dict[str, Any]:
     more = {"network": fingerprint(shapes), "loss": type(learn.loss_func).__name__, "processes": max(1, num_distrib())}
     return {**learn.dls.facts, **{k: _plain(v) for k, v in settings.items()}, **more}
 
-# %% ../../nbs/vision/training.ipynb #70b485d0
+# %% ../../nbs/vision/training.ipynb #d9c9b64f
 def fit_network(
-    learn: Learner, # with loaders from `image_loaders`
+    learn: Learner, # with loaders from `image_loaders` or `clip_loaders`
     epochs: int, # of the whole network
     lr: float | slice | None = None, # highest learning rate; None: slice(learn.lr / 10, learn.lr)
     *,
@@ -565,7 +565,7 @@ def fit_network(
     accumulate: int = 1, # batches to a step
     clip: float | None = None, # largest norm of the gradient
     precision: str = "auto", # auto, float32, bf16 or fp16
-    channels_last: bool = True, # memory format, faster for convolutions
+    channels_last: bool = True, # memory format, faster for convolutions in two dimensions
     checkpoint: str | Path | None = None, # a folder for checkpoints
     minutes: float = 10, # between checkpoints within an epoch
     resume: bool = False, # go on from the newest checkpoint, if there is one
@@ -574,8 +574,10 @@ def fit_network(
     pct_start: float = 0.25, # share of the steps in which the learning rate rises
     cbs: Sequence[Callback] = (), # more callbacks, in each stage
 ) -> TrainingLog:
-    "Train the whole network of an image classifier, and end with its last, averaged or best weights."
-    if not isinstance(learn.dls, PhotoLoaders): raise ParameterError("fit_network needs loaders from image_loaders")
+    "Train the whole network of a classifier, and end with its last, averaged or best weights."
+    if not isinstance(learn.dls, PhotoLoaders): raise ParameterError("fit_network needs loaders from image_loaders or clip_loaders")
+    if cutmix and learn.dls.train.dataset.tls[0].tfms[0].things == "clips":
+        raise ParameterError("cutmix is for photos; mixup works on clips")
     if epochs < 1 or freeze_epochs < 0 or accumulate < 1: raise ParameterError(f"{epochs=}, {freeze_epochs=}, {accumulate=}: too small")
     if freeze_epochs and len(learn.splitter(learn.model)) < 2: raise ParameterError("freeze_epochs needs a learner with groups of layers")
     if balance is not None: learn.dls.balance(balance)
@@ -603,7 +605,7 @@ def _beginning(folder: str | Path | None, facts: dict[str, Any], resume: bool) -
     if latest_name(folder): raise CheckpointError(f"{folder}: holds checkpoints; resume=True goes on from them, another folder begins anew")
     return None, None
 
-# %% ../../nbs/vision/training.ipynb #19782c44
+# %% ../../nbs/vision/training.ipynb #1e33cae4
 @dataclass
 class _Run:
     "The stages of a training run."
@@ -630,7 +632,7 @@ class _Run:
         learn, s, last = self.learn, self.settings, stage == 1
         cbs: list[Callback] = [Seeded(learn.dls.plan.seed, first), StopOnNaN(), EpochLog(first, not last), *self.more]
         cbs += _precision(s["precision"], learn.dls.device)
-        if s["channels_last"]: cbs.append(ChannelsLast())
+        if s["channels_last"] and not any(p.ndim == 5 for p in learn.model.parameters()): cbs.append(ChannelsLast())
         if self.loss is not learn.loss_func: cbs.append(TrainingLoss(self.loss))
         if s["mixup"] or s["cutmix"]: cbs.append(Mix(s["mixup"], s["cutmix"]))
         if s["accumulate"] > 1: cbs.append(GradientAccumulation(s["accumulate"] * learn.dls.train.bs))
