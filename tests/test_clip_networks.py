@@ -83,9 +83,8 @@ def seen_by(row, pixels):
 @pytest.mark.parametrize("name, size, frames", [
     ("torchvision/r3d_18", 32, 4), pytest.param("tsn/mobilenetv3_small_050", 64, 3, marks=pytest.mark.slow),
     pytest.param("tsm/efficientnet_lite0", 64, 3, marks=pytest.mark.slow), pytest.param("tsm/resnet50", 64, 3, marks=pytest.mark.slow),
-    pytest.param("torchvision/mc3_18", 32, 4, marks=pytest.mark.slow),
     pytest.param("torchvision/r2plus1d_18", 32, 4, marks=pytest.mark.slow),
-    pytest.param("torchvision/s3d", 64, 16, marks=pytest.mark.slow), pytest.param("torchvision/mvit_v2_s", 64, 4, marks=pytest.mark.slow),
+    pytest.param("torchvision/s3d", 64, 16, marks=pytest.mark.slow),
     pytest.param("torchvision/swin3d_t", 64, 4, marks=pytest.mark.slow)])
 def test_graph_answers_as_torch_does(name, size, frames):
     row = clip_backbone(name, size, frames)
@@ -95,6 +94,11 @@ def test_graph_answers_as_torch_does(name, size, frames):
     assert expected.shape == (3, row.dim) and np.ptp(expected, axis=0).max() > 0
     gap = check_onnx(onnx_clip_backbone(row, pretrained=False, net=net), {"pixels": pixels}, expected, 1e-3 * np.abs(expected).max())
     assert gap <= 1e-3 * np.abs(expected).max()
+
+
+def test_mvit_is_for_one_size_only():
+    assert (clip_backbone("torchvision/mvit_v2_s").size, clip_backbone("torchvision/mvit_v2_s").num_frames) == (224, 16)
+    with pytest.raises(ParameterError, match="16 frames of 224 pixels"): clip_backbone("torchvision/mvit_v2_s", 64)
 
 
 def test_kinetics_network_is_torchvisions():

@@ -537,8 +537,9 @@ def test_too_slow_too_large_and_killed(long_film):
         assert "memory" in reason(decoder.load_image, bomb, max_pixels=10**9) and decoder.restarts == 2
         assert decoder.peak_memory < 400 * 2**20
         decoder.load_image(encoded(PHOTO, "PNG"))  # it has started
-        killer = threading.Timer(0.15, next(iter(decoder._all)).process.kill)
-        killer.start()
+        child = next(iter(decoder._all)).process
+        os.kill(child.pid, signal.SIGSTOP)  # it can't be done before it is killed, however fast it is
+        threading.Timer(0.15, child.kill).start()
         assert "SIGKILL" in reason(decoder.read_clip, long_film, 3000, timeout=30) and decoder.restarts == 3
         next(iter(decoder._all)).process.kill()  # while idle: the next call doesn't notice
         time.sleep(0.2)

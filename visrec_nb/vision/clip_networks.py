@@ -35,7 +35,7 @@ def _shifting(base: Backbone) -> int:
     raise ParameterError(f"clip network 'tsm/{base.name}': the network has no residual blocks of a kind that can shift; "
                          f"use tsn/{base.name}, or a resnet, regnet, efficientnet or mobilenet")
 
-# %% ../../nbs/vision/clip_networks.ipynb #77d22671
+# %% ../../nbs/vision/clip_networks.ipynb #3beac2df
 @dataclass(frozen=True)
 class ClipBackbone(Backbone):
     "What has to be known of a clip network to use it."
@@ -73,6 +73,8 @@ def clip_backbone(
     else: raise _unknown(name)
     stride: Any = row.frame_stride if frame_stride == "usual" else frame_stride
     row = replace(row, num_frames=row.num_frames if num_frames is None else num_frames, frame_stride=stride)
+    if row.architecture == "mvit_v2_s" and family == "torchvision" and (row.size, row.num_frames) != (224, 16):
+        raise ParameterError(f"{name}: torchvision makes this network for 16 frames of 224 pixels only")
     if min(row.size, row.num_frames, 1 if row.frame_stride is None else row.frame_stride) >= 1: return row
     raise ParameterError(f"{name}: {size=}, {num_frames=}, {frame_stride=}: must be at least 1")
 
@@ -137,7 +139,7 @@ def _open_branches(net: "nn.Module") -> None:
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any(): torch.nn.init.ones_(module.weight)
 
-# %% ../../nbs/vision/clip_networks.ipynb #2cda6921
+# %% ../../nbs/vision/clip_networks.ipynb #a737086d
 def _kinetics_network(row: ClipBackbone, pretrained: bool, weights: str | Path | None, seed: int) -> tuple["nn.Module", bool]:
     import torch
     from torch import nn
@@ -145,13 +147,10 @@ def _kinetics_network(row: ClipBackbone, pretrained: bool, weights: str | Path |
 
     from visrec_nb.vision.backbones import _load_file
     arch, entry = row.architecture, models.get_model_weights(row.architecture).DEFAULT
-    sizes = {"spatial_size": (row.size, row.size), "temporal_size": row.num_frames} if arch == "mvit_v2_s" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: Any = models.get_model(arch, weights=None, **sizes)
+        net: Any = models.get_model(arch, weights=None)
     fetched = pretrained and weights is None
-    if fetched and sizes and (row.size, row.num_frames) != (224, 16):
-        raise ParameterError(f"{row.name}: its weights are for 16 frames of 224 pixels; pretrained=False takes any")
     if fetched: fetched = _load_kinetics(net, row, entry.url)
     known = set(net.state_dict())
     if arch == "s3d": net.avgpool = net.classifier = nn.Identity()

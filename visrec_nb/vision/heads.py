@@ -75,14 +75,14 @@ class ImageHead(nn.Module):
         logits = self.linear(self.dropout(self.inputs(features)))
         return logits.mean(1) if features.ndim == 3 else logits
 
-# %% ../../nbs/vision/heads.ipynb #94bfa053
+# %% ../../nbs/vision/heads.ipynb #b65d7866
 def over_time(x: Tensor) -> list[Tensor]:
     "Mean, spread and mean absolute step over the time axis: (N, T, F) -> three of (N, F)."
     mean = x.mean(1)
     spread = ((x - mean[:, None]).square().mean(1) + 1e-6).sqrt()
     return [mean, spread, (x[:, 1:] - x[:, :-1]).abs().mean(1)]
 
-SHARES = ((0.85, 0.1, 0.05), (0.5, 0.3, 0.2), (0.1, 0.7, 0.2)) # of appearance, mean motion, and how motion varies
+SHARES = ((0.85, 0.1, 0.05), (0.5, 0.3, 0.2), (0.1, 0.7, 0.2), (0.0, 0.8, 0.2)) # of appearance, mean motion, and how motion varies
 
 class ClipHead(nn.Module):
     "Features (N, T, dim + motion_dim) -> logits (N, classes)."

@@ -24,7 +24,7 @@ from .evaluation import classification_metrics, multi_label_metrics, sigmoid, so
 from .features import Embedded, Window, embed_all, sources_of, stream_features
 from .metadata import beside, column_values
 
-# %% ../../nbs/vision/predictor.ipynb #59f908dc
+# %% ../../nbs/vision/predictor.ipynb #6791cd8d
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
@@ -40,6 +40,8 @@ class ClassifierBundle:
             self.preprocessings: list[dict[str, Any]] = [e["preprocessing"] for e in self.manifest["encoders"]]
             self.temperature: float = self.manifest["temperature"]
         except (KeyError, TypeError) as e: raise BundleError(f"{path}: its manifest lacks {e}; train the bundle again") from e
+        if any(how["media"] == "video" and not {"streams", "num_frames"} & set(how) for how in self.preprocessings):
+            raise BundleError(f"{path}: its clips were prepared in a way that this version does not know; train the bundle again")
         self.columns: list[dict[str, Any]] = self.manifest.get("columns", [])
         self.multi_label: bool = self.manifest.get("multi_label", False)
         self.thresholds = np.array(self.manifest["thresholds"]) if self.multi_label else None
