@@ -80,12 +80,15 @@ def seen_by(row, pixels):
     return ((torch.from_numpy(pixels).float() - torch.tensor(row.mean)) / torch.tensor(row.std)).movedim(-1, -3)
 
 
+LONG = pytest.mark.skipif(not os.environ.get("VISREC_LONG_TESTS"), reason="half a minute each: set VISREC_LONG_TESTS=1")
+
+
 @pytest.mark.parametrize("name, size, frames", [
     ("torchvision/r3d_18", 32, 4), pytest.param("tsn/mobilenetv3_small_050", 64, 3, marks=pytest.mark.slow),
-    pytest.param("tsm/efficientnet_lite0", 64, 3, marks=pytest.mark.slow), pytest.param("tsm/resnet50", 64, 3, marks=pytest.mark.slow),
-    pytest.param("torchvision/r2plus1d_18", 32, 4, marks=pytest.mark.slow),
-    pytest.param("torchvision/s3d", 64, 16, marks=pytest.mark.slow),
-    pytest.param("torchvision/swin3d_t", 64, 4, marks=pytest.mark.slow)])
+    pytest.param("tsm/efficientnet_lite0", 64, 3, marks=pytest.mark.slow), pytest.param("tsm/resnet50", 64, 3, marks=LONG),
+    pytest.param("torchvision/r2plus1d_18", 32, 4, marks=LONG),
+    pytest.param("torchvision/s3d", 64, 16, marks=LONG),
+    pytest.param("torchvision/swin3d_t", 64, 4, marks=LONG)])
 def test_graph_answers_as_torch_does(name, size, frames):
     row = clip_backbone(name, size, frames)
     net = torch_clip_backbone(row, pretrained=False).eval()
