@@ -180,3 +180,33 @@ def test_the_command_line(photos, tmp_path):
                          (("train", "image", tmp_path / "nowhere", "--out", catalog), "is not a bundle")): # asked before anything is read
         run = visrec(*wrong, ok=False)
         assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
+
+
+def test_answers_to_items_left_out_calibrate_as_well_as_items_nobody_saw():
+    from visrec_nb.vision.bundles import head_logits
+    from visrec_nb.vision.calibration import fit_temperature
+    from visrec_nb.vision.evaluation import log_loss, softmax
+    from visrec_nb.vision.head_fitting import fit_head_on
+    from visrec_nb.vision.heads import ImageHead
+
+    draw = np.random.default_rng(5)
+    def clips(n):
+        y = draw.integers(0, 3, n)
+        return (0.9 * np.eye(3, 60)[y] + draw.normal(size=(n, 60))).astype(np.float32)[:, None], y
+    (x, y), (fresh, truth) = clips(250), clips(6000)
+    head = ImageHead(60, 3)
+    left_out = fit_head_on(head, x, y, np.arange(250) % 5, strengths=[1e-4, 1e-5])[1]
+    logits = head_logits(head, fresh)
+    heats = {"left out": fit_temperature(left_out, y), "seen": fit_temperature(head_logits(head, x), y),
+             "best": fit_temperature(logits, truth)}
+    loss = {name: log_loss(softmax(logits, heat), truth) for name, heat in heats.items()}
+    assert loss["left out"] < loss["best"] + 0.03 and loss["seen"] > loss["best"] + 0.15, (loss, heats)
+
+
+def test_a_head_without_validation_items_is_also_a_fastai_learner(photos, store, tmp_path):
+    from visrec_nb.vision import image_learner
+
+    learn = image_learner(photos.drop("split"), store=store, valid_fraction=0.0)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        with pytest.raises(ParameterError, match="fit_head"): learn.to_bundle(tmp_path / "b")

@@ -272,7 +272,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #34e01c66
+# %% ../nbs/cli.ipynb #0ff9d44f
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -349,6 +349,7 @@ def train_video(
     arch: Annotated[str, typer.Option(help="Backbone of frames; or clip network: tsm/NAME, torchvision/r3d_18...")] = "efficientnet_lite0",
     epochs: Annotated[int, typer.Option(help="Of training a clip network as a whole, after the head.")] = 5,
     head_only: Annotated[bool, typer.Option("--head-only", help="Of a clip network: fit the head on cached embeddings and stop.")] = False,
+    head: Annotated[str, typer.Option(help="On frame embeddings: pooled; gru or transformer read moments in their order.")] = "pooled",
     size: Annotated[int | None, typer.Option(help="Of a clip network: side of the frames, pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="Of a clip network: how many frames it looks at.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run whose checkpoints lie beside the bundle.")] = False,
@@ -365,7 +366,7 @@ def train_video(
     catalog = read_catalog(source)
     asked: dict[str, Any] = {name: value for name, value in (("size", size), ("num_frames", frames)) if value is not None}
     if asked and not is_clip_network(arch): raise ParameterError("--size and --frames are for clip networks: tsm/efficientnet_lite0 ...")
-    learn = video_learner(catalog, arch, seed=seed, **asked)
+    learn = video_learner(catalog, arch, head=head, seed=seed, **asked)
     _tell_left_out(learn)
     if head_only or not is_clip_network(arch): learn.fit_head()
     else: _train_network(learn, epochs, out, resume)

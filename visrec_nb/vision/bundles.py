@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GAP', 'PROMISES', 'head_logits', 'weights_fingerprint', 'write_classifier_bundle']
 
-# %% ../../nbs/vision/bundles.ipynb #62f398ea
+# %% ../../nbs/vision/bundles.ipynb #941ffc20
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.bundle import new_bundle
+from ..core.errors import ParameterError
 from ..data.catalog import catalog_fingerprint
 from ..data.remote import local_file
 from .calibration import choose_thresholds, conformal_state, fit_temperature, threshold_for
@@ -80,7 +81,7 @@ def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
         vectors = model[0](seen.movedim(-1, -3)).numpy()
     return check_onnx(file, {"pixels": pixels}, vectors, MOST_GAP, lambda v: activate(head_logits(model[1], v[:, None])))
 
-# %% ../../nbs/vision/bundles.ipynb #9095c5be
+# %% ../../nbs/vision/bundles.ipynb #0151d1ef
 PROMISES = (0.9, 0.95, 0.98, 0.99)
 
 def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -101,6 +102,15 @@ def _clip_seconds(learn: "VisionLearner", most: int = 32) -> float:
     lengths = [w.seconds or probe(local_file(w.path)).seconds - w.start for w in windows]
     return round(float(np.median(lengths)), 3)
 
+def _calibrating(learn: "VisionLearner", int8: bool) -> np.ndarray: # bool (N,)
+    "The items on which graphs are compared and certainty is measured: the validation part, or all, if cross-validation left each out once."
+    train = learn.train_rows
+    if not train.all(): return ~train
+    if learn.left_out is None or learn._fitted != weights_fingerprint(learn.head):
+        raise ParameterError("nothing says how sure this head may be: call fit_head, or make the learner with valid_fraction=0.2")
+    if int8: raise ParameterError("int8 is judged on a validation part, and there is none: make the learner with valid_fraction=0.2")
+    return train
+
 def write_classifier_bundle(
     learn: "VisionLearner", # trained
     path: str | Path, # the bundle's folder
@@ -109,7 +119,7 @@ def write_classifier_bundle(
 ) -> ClassifierBundle:
     "Write encoders, head and manifest, each graph checked against torch."
     from importlib.metadata import version
-    train = learn.train_rows
+    train, kept = learn.train_rows, _calibrating(learn, int8)
     manifest: dict[str, Any] = {
         "labels": learn.labels, "multi_label": learn.multi_label, "columns": learn.columns, "seed": learn.seed,
         "data": {"fingerprint": catalog_fingerprint(learn.catalog), "train": int(train.sum()), "valid": int((~train).sum()),
@@ -119,19 +129,21 @@ def write_classifier_bundle(
     if learn.preprocessings[0]["media"] == "video": manifest["data"]["clip_seconds"] = _clip_seconds(learn)
     with new_bundle(path, f"{learn.preprocessings[0]['media']}_classification", manifest) as folder:
         manifest["encoders"], gap = _write_encoders(learn, folder, int8)
-        valid, exact = learn.catalog.filter(~train), learn._features[~train][:, learn.judged_views]
+        valid, exact = learn.catalog.filter(kept), learn._features[kept][:, learn.judged_views]
         features = exact
         if int8 or learn.body_changed():
             files = [folder / e["file"] for e in manifest["encoders"]]
             found = embed_all(valid, files, [e["preprocessing"] for e in manifest["encoders"]])
             features = beside(found.features, column_values(found.catalog, learn.columns))
-        targets, activate = learn.truth[~train], sigmoid if learn.multi_label else softmax
+        targets, activate = learn.truth[kept], sigmoid if learn.multi_label else softmax
         logits = head_logits(learn.head.cpu(), features)
         free = ("batch", "views") if "num_frames" in learn.preprocessings[0] else ("batch",)
         example = np.resize(features[:1], (*[2] * len(free), *features.shape[len(free):]))
         export_onnx(learn.head, {"features": torch.from_numpy(example)}, "logits", folder / "head.onnx", free=free)
         manifest |= gap | {"head_gap": check_onnx(folder / "head.onnx", {"features": features}, logits, MOST_GAP, activate)}
-        manifest |= _calibration(learn, logits, targets)
+        left_out = learn.left_out if train.all() else None
+        manifest |= _calibration(learn, logits if left_out is None else left_out, targets)
+        manifest["calibrated_on"] = "validation" if left_out is None else "cross-validation"
         if int8 and not learn.body_changed(): manifest["int8"] = _loss_by_int8(learn, exact, logits, targets)
     return ClassifierBundle(path)
 

@@ -73,7 +73,7 @@ def _turned(inputs: Tensor) -> tuple[Tensor, Tensor | None]: # (N, R) and the tu
     turn = (vectors[:, kept] / lengths).T @ inputs.double()
     return (vectors[:, kept] * lengths).float(), turn.float()
 
-# %% ../../nbs/vision/head_fitting.ipynb #b5e854c9
+# %% ../../nbs/vision/head_fitting.ipynb #73b96be0
 STRENGTHS = tuple(float(f"{10 ** -power:.1e}") for power in np.arange(2, 6.75, 0.5))
 
 def fit_head_on(
@@ -84,7 +84,8 @@ def fit_head_on(
     strengths: Sequence[float] = STRENGTHS, # to try, strong first
     judged: Sequence[int] = (0,), # the views by which an item left out is judged
     weights: np.ndarray | None = None, # float (N,) say of each item; None: all the same
-) -> list[dict[str, float]]: # strength, log_loss, accuracy (several labels: of all) on items left out: a row each; clips: motion
+) -> tuple[list[dict[str, float]], np.ndarray | None]: # what was tried: strength, log_loss, accuracy (several labels: of all) on items
+    # left out, clips: motion; logits (N, C) of the items left out, None where nothing was
     "Fit a head, its strength chosen by cross-validation."
     x = torch.from_numpy(features)
     with one_thread(), torch.no_grad(): head.cpu().measure(x)
@@ -97,16 +98,16 @@ def fit_head_on(
     best: Any = None
     for share in shares:
         seen = _inputs(head, x, share)
-        rows = [] if fixed else _cross_validate(seen[0], goal, torch.tensor(fold), classes, strengths, judged, say, seen[1])
+        rows, logits = ([], None) if fixed else _cross_validate(seen[0], goal, torch.tensor(fold), classes, strengths, judged, say, seen[1])
         least = min(rows, key=lambda row: row["log_loss"], default={"strength": usual, "log_loss": np.inf})
-        if best is None or least["log_loss"] < best[0]["log_loss"]: best = least, share, seen
+        if best is None or least["log_loss"] < best[0]["log_loss"]: best = least, share, seen, logits
         tried += rows if share is None else [{"motion": share[1] + share[2], **row} for row in rows]
-    least, share, (inputs, views, turn) = best
+    least, share, (inputs, views, turn), left_out = best
     if share is not None and isinstance(head, ClipHead): head.share(share)
     y = goal.repeat_interleave(views, 0)
     weight, bias = fit_linear(inputs, y, classes, least["strength"], say.repeat_interleave(views))
     head.linear.weight.data, head.linear.bias.data = weight if turn is None else weight @ turn, bias
-    return tried
+    return tried, left_out
 
 @one_thread()
 @torch.no_grad()
@@ -119,12 +120,13 @@ def _inputs(head: ImageHead | ClipHead, features: Tensor, share: Sequence[float]
     return turned, views, turn
 
 def _cross_validate(flat: Tensor, goal: Tensor, fold: Tensor, classes: int, strengths: Sequence[float], judged: Sequence[int],
-                    say: Tensor, views: int) -> list[dict[str, float]]:
+                    say: Tensor, views: int) -> tuple[list[dict[str, float]], np.ndarray | None]:
     folds, y = fold.unique(), goal.repeat_interleave(views, 0)
     without = torch.stack([(say * (fold != left_out)).repeat_interleave(views) for left_out in folds])
     seen = flat.view(len(goal), views, -1)[:, list(judged) if views > 1 else [0]]
     fitted: tuple[Tensor, Tensor] | None = None
     tried: list[dict[str, float]] = []
+    best: Tensor | None = None
     for strength in track(strengths, "choosing the strength"):
         fitted = fit_linear(flat, y, classes, strength, without, fitted, tolerance=1e-6)
         logits = torch.zeros(len(goal), classes)
@@ -133,6 +135,7 @@ def _cross_validate(flat: Tensor, goal: Tensor, fold: Tensor, classes: int, stre
         right = ((logits > 0) == goal.bool()).all(1) if goal.ndim == 2 else logits.argmax(1) == goal
         heat = fit_temperature(logits.numpy(), (goal > 0.5).numpy() if goal.ndim == 2 else goal.numpy(), goal.ndim == 2)
         loss = float(_losses(logits / heat, goal) @ say / say.sum())
+        if loss < min((row["log_loss"] for row in tried), default=np.inf): best = logits
         tried.append({"strength": strength, "log_loss": loss, "accuracy": float(right.float().mean())})
         if len(tried) > 2 and tried[-1]["log_loss"] > tried[-2]["log_loss"] > tried[-3]["log_loss"]: break
-    return tried
+    return tried, None if best is None else best.numpy()

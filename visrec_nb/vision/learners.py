@@ -43,11 +43,11 @@ from .sequence_heads import READERS, SequenceHead, fit_sequence_on
 from .streams import STREAMS
 from .training import TrainingLog, fit_network
 
-# %% ../../nbs/vision/learners.ipynb #b7d0c64e
+# %% ../../nbs/vision/learners.ipynb #eb29b4bb
 def training_part(
     source: Any, # whatever `read_catalog` takes
     media: str, # image or video
-    valid_fraction: float = 0.2, # set aside where the catalog has no validation part
+    valid_fraction: float = 0.2, # set aside where the catalog has no validation part; 0: nothing
     seed: int = 42, # which ones
 ) -> tuple[pl.DataFrame, list[str]]: # the train and valid rows with `sha256`; the labels
     "The labelled train and validation rows of a catalog."
@@ -62,7 +62,8 @@ def training_part(
         seen = pl.col("split").is_in(["train", "valid"])
         catalog, rest = catalog.filter(seen), catalog.filter(~seen)
     if "split" not in catalog.columns or not (catalog["split"] == "valid").any():
-        catalog = split_catalog(catalog, valid_fraction, 0, seed=seed, overwrite=True)
+        catalog = split_catalog(catalog, valid_fraction, 0, seed=seed, overwrite=True) if valid_fraction else \
+            catalog.with_columns(split=pl.lit("train"))
     labels = class_labels(catalog)
     _tell_unseen(rest[column], labels)
     return with_hashes(catalog), labels
@@ -88,7 +89,7 @@ def feature_loaders(
     loaders = DataLoader(sets[0], bs=bs, shuffle=True, drop_last=True, num_workers=0), DataLoader(sets[1], bs=256, num_workers=0)
     return DataLoaders(*loaders, device=torch.device("cpu"))
 
-# %% ../../nbs/vision/learners.ipynb #f8d260eb
+# %% ../../nbs/vision/learners.ipynb #3c92cf37
 class VisionLearner(Learner):
     "A fastai `Learner` that remembers its catalog, fits its head on cached features, trains its network, and writes bundles."
     catalog: pl.DataFrame # the readable train and valid rows
@@ -101,10 +102,12 @@ class VisionLearner(Learner):
     columns: list[dict[str, Any]] # of the catalog, that stand beside the embedding
     seed: int
     history: list[dict[str, float]] # what `fit_head` tried
+    left_out: np.ndarray | None # logits (N, C) of the training items by heads that had not seen them, from `fit_head`
     training_log: TrainingLog | None # what `fit_network` did
     _encoders: list[Path]
     _features: np.ndarray
     _pretrained: str # fingerprint of the backbone's weights
+    _fitted: str # fingerprint of the head as `fit_head` left it
 
     @property
     def row(self) -> Backbone:
@@ -154,10 +157,11 @@ class VisionLearner(Learner):
             fold = np.zeros(len(part), int)
         x, weights = self._features[train], sample_weights(part) if balance else None
         if isinstance(self.head, SequenceHead):
-            self.history = fit_sequence_on(self.head, x, self.truth[train], fold, weights, seed=self.seed)
-            return self
-        judged = self.judged_views if isinstance(self.head, ImageHead) else [0]
-        self.history = fit_head_on(self.head, x, self.truth[train], fold, strengths, judged, weights)
+            self.history, self.left_out = fit_sequence_on(self.head, x, self.truth[train], fold, weights, seed=self.seed)
+        else:
+            judged = self.judged_views if isinstance(self.head, ImageHead) else [0]
+            self.history, self.left_out = fit_head_on(self.head, x, self.truth[train], fold, strengths, judged, weights)
+        self._fitted = weights_fingerprint(self.head)
         return self
 
     def fit_network(self,
@@ -165,6 +169,7 @@ class VisionLearner(Learner):
         *args: Any, **kwargs: Any, # as in `training.fit_network`
     ) -> TrainingLog:
         "Train the whole network; may be killed and goes on from its checkpoint."
+        if self.train_rows.all(): raise ParameterError("no validation part tells when to stop: make the learner with valid_fraction=0.2")
         if not isinstance(self.model, nn.Sequential):
             raise ParameterError("this learner's backbone is frozen (clips, several backbones, columns or components): use fit_head")
         self.training_log = fit_network(self, epochs, *args, **kwargs)
@@ -203,7 +208,7 @@ def train_both(
     rows = [(name, *result, n == kept) for n, (name, result) in enumerate(zip(("head", "whole network"), results, strict=True))]
     return pl.DataFrame(rows, schema=["road", "valid_loss", "accuracy", "seconds", "kept"], orient="row")
 
-# %% ../../nbs/vision/learners.ipynb #6b9bb0dd
+# %% ../../nbs/vision/learners.ipynb #ed916c1c
 def _new_learner(dls: Any, model: nn.Module, several: bool, **kwargs: Any) -> VisionLearner:
     "Loss and metric that fit the targets; a backbone and its head are two groups."
     loss, metric = (BCEWithLogitsLossFlat(), accuracy_multi) if several else (CrossEntropyLossFlat(), accuracy)
@@ -213,7 +218,7 @@ def _new_learner(dls: Any, model: nn.Module, several: bool, **kwargs: Any) -> Vi
 
 def _remember(learn: VisionLearner, found: Embedded, features: np.ndarray, **facts: Any) -> VisionLearner:
     learn.catalog, learn.skipped, learn._features = found.catalog, found.skipped, features
-    learn.history, learn.training_log = [], None
+    learn.history, learn.left_out, learn.training_log, learn._fitted = [], None, None, ""
     for name, value in facts.items(): setattr(learn, name, value)
     return learn
 
@@ -225,11 +230,12 @@ def _readable(part: pl.DataFrame, labels: list[str], encoders: list[Path], prepr
     try: left = class_labels(found.catalog) if found.catalog.height else []
     except CatalogError as e: raise CatalogError(f"{e}{lost}") from e
     if gone := sorted(set(labels) - set(left)): raise CatalogError(f"of the class {gone[0]!r} no item could be read{lost}")
-    if not (found.catalog["split"] == "valid").any(): raise CatalogError(f"no validation item could be read{lost}")
+    if (part["split"] == "valid").any() and not (found.catalog["split"] == "valid").any():
+        raise CatalogError(f"no validation item could be read{lost}")
     seed_everything(seed)
     return found
 
-# %% ../../nbs/vision/learners.ipynb #5c182922
+# %% ../../nbs/vision/learners.ipynb #45906a6b
 def image_learner(
     source: Any, # class folders, a catalog file or frame; a column `labels`: several labels an item
     arch: str | Sequence[str] = "efficientnet_lite0", # the backbone, or several side by side: see `backbones.backbone`
@@ -243,7 +249,7 @@ def image_learner(
     pretrained: bool = True, # False: random weights
     weights: str | Path | None = None, # a .safetensors file with the backbone's weights
     store: str | Path | None = None, # the embedding store; None: the cache folder
-    valid_fraction: float = 0.2, # set aside where there is no validation part
+    valid_fraction: float = 0.2, # set aside where there is no validation part; 0: nothing, for `fit_head` alone
     bs: int = 32, # batch size, when the network is trained
     augment: str = "standard", # none, standard or rand: what is done to photos when the network is trained
     flip: bool = True, # False: labels with a direction, never mirrored
@@ -268,7 +274,7 @@ def image_learner(
     dim = sum(row.dim for row in rows)
     head = ImageHead(dim, len(labels), dropout, features.shape[2] - dim, components)
     head.measure(torch.from_numpy(features[train]))
-    frozen = len(rows) > 1 or bool(facts) or components is not None
+    frozen = len(rows) > 1 or bool(facts) or components is not None or bool(train.all())
     body = None if frozen else torch_backbone(rows[0], pretrained, weights)
     dls: Any
     model: nn.Module = head if body is None else nn.Sequential(body, head)
@@ -281,7 +287,7 @@ def image_learner(
                      preprocessings=preprocessings, judged=list(judged), rows=rows, columns=facts, seed=seed, _encoders=encoders,
                      _pretrained="" if body is None else weights_fingerprint(body))
 
-# %% ../../nbs/vision/learners.ipynb #4b629a15
+# %% ../../nbs/vision/learners.ipynb #125c028c
 def video_learner(
     source: Any, # class folders, a catalog file or frame
     arch: str = "efficientnet_lite0", # the backbone: see `backbones.backbone`; or a clip network: see `clip_networks.clip_backbone`
@@ -290,7 +296,7 @@ def video_learner(
     num_segments: int = 8, # moments looked at in a clip
     streams: Sequence[str] = STREAMS, # pictures of each moment: see `streams`; fewer are faster
     head: str = "pooled", # what is made of the moments: pooled, or read in their order by gru or transformer
-    valid_fraction: float = 0.2, # set aside where there is no validation part
+    valid_fraction: float | None = None, # set aside where there is no validation part; None: nothing, of clip networks 0.2
     bs: int | None = None, # batch size; None: 64, of clip networks 8
     dropout: float | None = None, # before the last layer; None: 0, of heads that read moments 0.3
     seed: int = 42, # of everything random
@@ -301,10 +307,10 @@ def video_learner(
         raise ParameterError(f"head={head!r}: choose one of pooled, {', '.join(READERS)}; a clip network brings its own, pooled")
     if is_clip_network(arch):
         from visrec_nb.vision.clip_learners import clip_learner
-        return clip_learner(source, arch, store=store, valid_fraction=valid_fraction, bs=bs or 8, dropout=dropout or 0.0,
-                            seed=seed, **kwargs)
+        return clip_learner(source, arch, store=store, valid_fraction=0.2 if valid_fraction is None else valid_fraction, bs=bs or 8,
+                            dropout=dropout or 0.0, seed=seed, **kwargs)
     row = backbone(arch)
-    part, labels = training_part(source, "video", valid_fraction, seed)
+    part, labels = training_part(source, "video", valid_fraction or 0.0, seed)
     if "labels" in part.columns: raise CatalogError("the catalog has several labels a clip; this learner is for one ('label')")
     encoders, preprocessings = [onnx_backbone(arch)], [clip_preprocessing(row.size, num_segments, streams=streams)]
     found = _readable(part, labels, encoders, preprocessings, store, seed)

@@ -104,7 +104,7 @@ class SequenceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor: return self.answer(self.inputs(features))
 
-# %% ../../nbs/vision/sequence_heads.ipynb #e540bf47
+# %% ../../nbs/vision/sequence_heads.ipynb #ca2dc671
 MOTION = (0.1, 0.5, 0.9)
 
 def _train(head: SequenceHead, x: Tensor, y: Tensor, say: Tensor, epochs: int, lr: float, seed: int) -> None:
@@ -135,7 +135,7 @@ def fit_sequence_on(
     epochs: int = 40, # passes over the features
     lr: float = 1e-2, # highest learning rate
     seed: int = 42, # of everything random
-) -> list[dict[str, float]]: # motion, log_loss and accuracy on items left out: a row a share
+) -> tuple[list[dict[str, float]], np.ndarray | None]: # motion, log_loss and accuracy on items left out: a row a share; their logits (N, C)
     "Fit a head that reads moments, motion's share chosen by cross-validation."
     x, y = torch.from_numpy(features), torch.tensor(targets, dtype=torch.long)
     say = torch.ones(len(x)) if weights is None else torch.tensor(weights, dtype=torch.float32)
@@ -146,7 +146,7 @@ def fit_sequence_on(
         _train(head, seen[share], y, say * kept, epochs, lr, seed)
     folds, tried = np.unique(fold), []
     shares = list(motion) if head.motion_dim else [0.0]
-    measured, seen = {}, {}
+    measured, seen, left_out = {}, {}, {}
     for share in shares:
         with torch.no_grad():
             head.measure(x, share)
@@ -154,13 +154,14 @@ def fit_sequence_on(
         measured[share] = {k: v.clone() for k, v in head.state_dict().items() if k.startswith(("scale.", "narrow."))}
     for share in track(shares if len(folds) > 1 else [], "choosing motion's share"):
         logits = np.zeros((len(x), head.linear.out_features), np.float32)
-        for left_out in folds:
-            out = fold == left_out
+        for one in folds:
+            out = fold == one
             fitted(share, torch.tensor(~out).float())
             with torch.no_grad(): logits[out] = head.answer(seen[share][out]).numpy()
         heat = fit_temperature(logits, targets)
         loss = F.cross_entropy(torch.from_numpy(logits) / heat, y, reduction="none") @ say / say.sum()
+        left_out[share] = logits
         tried.append({"motion": share, "log_loss": float(loss), "accuracy": float((logits.argmax(1) == targets).mean())})
     best = min(tried, key=lambda row: row["log_loss"])["motion"] if tried else shares[len(shares) // 2]
     fitted(best, torch.ones(len(x)))
-    return tried
+    return tried, left_out.get(best)
