@@ -332,6 +332,8 @@ def test_command_trains_a_clip_network(pans, tmp_path):
     assert "whole network" in done.output and (out / "encoder.onnx").is_file() and not (tmp_path / "moves.bundle.checkpoints").exists()
     refused = CliRunner().invoke(app, ["train", "video", str(pans), "--out", str(tmp_path / "b"), "--frames", "3"])
     assert refused.exit_code and "clip networks" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["train", "video", str(pans), "--out", str(tmp_path / "b"), "--head", "lstm"])
+    assert refused.exit_code and "pooled, gru, transformer" in str(refused.exception)
 
 
 if __name__ == "__main__": {"killed": killed_in_child, "memory": memory_in_child}[sys.argv[1]](*sys.argv[2:])

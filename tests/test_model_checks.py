@@ -8,9 +8,10 @@ import polars as pl
 import pytest
 
 from visrec_nb.core.errors import InputError, ParameterError
+from visrec_nb.core.stats import adjust_p
 from visrec_nb.vision.comparison import compare_classifiers, disagreements, items_needed, mcnemar
 from visrec_nb.vision.robustness import CORRUPTIONS, corrupt, robustness_summary, robustness_table, try_corruptions
-from visrec_nb.vision.slices import adjust_p, make_slices, picture_facts, slice_table
+from visrec_nb.vision.slices import make_slices, picture_facts, slice_table
 
 
 def as_probs(right: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@
 __all__ = ['ROUNDS', 'MOST', 'FOLDS', 'PENALTY', 'LEAST', 'DRIFT_COLUMNS', 'LIMITS', 'LEVELS', 'check_drift', 'most_typical',
            'plot_newness', 'drift_findings']
 
-# %% ../../nbs/data/drift.ipynb #0d314d57
+# %% ../../nbs/data/drift.ipynb #e4cc1875
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ import polars as pl
 
 from ..core.errors import ParameterError, require
 from ..core.seeds import rng
-from ..core.stats import percent
+from ..core.stats import adjust_p, percent
 from .catalog import read_catalog
 from .labels import as_features
 
@@ -107,7 +107,7 @@ def _tell_apart(reference: np.ndarray, current: np.ndarray, seed: int, rounds: i
 
 LEAST = 20
 
-# %% ../../nbs/data/drift.ipynb #d48578a1
+# %% ../../nbs/data/drift.ipynb #e56ed7ad
 DRIFT_COLUMNS = {"severity": pl.String, "check": pl.String, "column": pl.String, "drift": pl.String, "effect": pl.Float64,
                  "p_value": pl.Float64, "p_adjusted": pl.Float64, "message": pl.String}
 LIMITS = {"share": (0.1, 0.25), "auc": (0.6, 0.8)}
@@ -131,13 +131,6 @@ def _columns(a: pl.DataFrame, b: pl.DataFrame) -> Iterator[tuple[str, pl.Series,
             x, y = x.cast(pl.String), y.cast(pl.String)
             if name in ("label", "labels") or pl.concat([x, y]).n_unique() <= LEVELS: yield name, x, y, False
 
-def _holm(p: np.ndarray) -> np.ndarray:
-    order = np.argsort(p, kind="stable")
-    out = np.empty(len(p))
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return out
-
-# %% ../../nbs/data/drift.ipynb #6ba8f121
 def _compare_columns(a: pl.DataFrame, b: pl.DataFrame) -> Iterator[tuple[str, str, str, _Compared]]: # check, column, kind of limit, result
     for name, x, y, numeric in _columns(a, b):
         check = {"label": "label_drift", "labels": "label_drift", "media": "media_drift"}.get(name, "metadata_drift")
@@ -187,7 +180,7 @@ def check_drift(
     done = list(_compare_columns(a, b))
     told = _tell_apart(x, y, seed, rounds) if x is not None else None
     if told: done.append(("picture_drift", "pictures", "auc", _Compared(told.auc, told.p_value, "")))
-    adjusted = _holm(np.array([found.p_value for *_, found in done]))
+    adjusted = adjust_p(np.array([found.p_value for *_, found in done]))
     table = pl.DataFrame([_row(*entry, float(p), few) for entry, p in zip(done, adjusted, strict=True)], schema=DRIFT_COLUMNS)
     rank = pl.col("drift").replace_strict({"large": 0, "small": 1, "none": 2}, return_dtype=pl.Int8)
     return table.sort(rank, "p_adjusted", "effect", descending=[False, False, True], maintain_order=True)

@@ -391,14 +391,15 @@ class _Reader(_Packets):
         if t - end > max(0.5, 0.05 * self.seconds):
             raise MediaError(self.path, f"truncated: its frames end at {end:.2f} s, its header says {self.seconds:.2f} s")
 
-# %% ../../nbs/media/video.ipynb #4dd575fe
+# %% ../../nbs/media/video.ipynb #46cee804
 def _pixels(frame: Any, size: tuple[int, int] | None, scalers: tuple[Any, Any]) -> np.ndarray:
     turns = round(frame.rotation / 90) % 4
     height, width = size or ((frame.width, frame.height) if turns % 2 else (frame.height, frame.width))
     if turns % 2: height, width = width, height
     if (height, width) != (frame.height, frame.width):
         frame = scalers[0].reformat(frame, width, height, "gbrp", interpolation="BICUBIC", threads=1)
-    rgb = scalers[1].reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    plane = scalers[1].reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).planes[0]
+    rgb = np.ndarray((height, width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1)) # where it lies: what needs a copy makes one
     return np.rot90(rgb, turns) if turns else rgb
 
 def _collect(shown: Iterable[tuple[Any, float]], count: int, size: tuple[int, int] | None, path: str | Path,

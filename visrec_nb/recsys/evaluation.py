@@ -6,7 +6,7 @@
 __all__ = ['category_shares', 'lengths', 'user_metrics', 'known_histories', 'catalog_metrics', 'evaluate', 'paired_tests',
            'Comparison', 'compare', 'tune']
 
-# %% ../../nbs/recsys/evaluation.ipynb #e257d2d1
+# %% ../../nbs/recsys/evaluation.ipynb #3e05ede9
 import itertools, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from ..core.errors import InteractionsError, ParameterError
 from ..core.progress import track
-from ..core.stats import holm, mean_interval, sign_flip_test, with_interval
+from ..core.stats import adjust_p, mean_interval, sign_flip_test, with_interval
 from ..data.interactions import split_interactions
 from .base import Recommender
 from .matrix import Interactions, rows_of, to_matrix
@@ -135,7 +135,7 @@ def evaluate(
     _, values, lists = user_metrics(model, test, k, allow, features, categories, with_auc)
     return _all_metrics(values, lists, int(model._mask(allow, None).sum()), k, seed)
 
-# %% ../../nbs/recsys/evaluation.ipynb #0f7fe560
+# %% ../../nbs/recsys/evaluation.ipynb #7608ac38
 def paired_tests(
     per_user: Mapping[str, Mapping[str, np.ndarray]], # model to metric to a value a user, the same users for all
     metric: str = "ndcg@10", # which metric
@@ -159,7 +159,7 @@ def paired_tests(
     names = ("model", "other", "difference", "ci_low", "ci_high", "p_value", "better", "worse", "n_users")
     kinds = [pl.String, pl.String, *[pl.Float64] * 6, pl.Int64]
     table = pl.DataFrame(rows, schema=dict(zip(names, kinds, strict=True)), orient="row")
-    return table.insert_column(6, pl.Series("p_holm", holm(table["p_value"].to_numpy()), dtype=pl.Float64))
+    return table.insert_column(6, pl.Series("p_holm", adjust_p(table["p_value"].to_numpy()), dtype=pl.Float64))
 
 @dataclass
 class Comparison:
