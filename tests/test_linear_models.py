@@ -36,7 +36,7 @@ def every_model() -> dict:
         "gfcf": GFCF(rank=4),
         "polynomial": PolynomialFilter((2, -1), power=0.8, popularity_exponent=0.1),
         "neighbours": ItemItem(neighbours=10),
-        "blend": Blend([EASE(5), ALS(4, 5), GFCF(rank=0)], [1, 0.5, 0.3]),
+        "blend": Blend([EASE(5), ALS(4, 5), GFCF(rank=0)], [1, 0.5, 0.3], [0, -0.7, 0.2]),
     }
 
 
@@ -149,9 +149,36 @@ def test_a_blend_of_one_is_its_part_and_weights_are_chosen(small):
     part, blend = EASE(5).fit(log), Blend([EASE(5), GFCF(rank=0)], [1, 0]).fit(log)
     assert (part.lists(range(40), 5)[0] == blend.lists(range(40), 5)[0]).mean() > 0.99
     train, valid = split_interactions(log, "random_per_user", 0.2, 0)
-    found, trials = best_weights(Blend([EASE(5), GFCF(rank=0)]).fit(train), valid)
-    chosen = user_metrics(Blend([EASE(5), GFCF(rank=0)], found).fit(train), valid)[1]["ndcg@10"].mean()
+    weights, activity, trials = best_weights(Blend([EASE(5), GFCF(rank=0)]).fit(train), valid)
+    chosen = user_metrics(Blend([EASE(5), GFCF(rank=0)], weights, activity).fit(train), valid)[1]["ndcg@10"].mean()
     assert np.isclose(chosen, trials["ndcg@10"].max(), atol=1e-6)
+
+
+def test_a_part_counts_less_for_the_busy(small):
+    log, x = small
+    length = x.sum(1)
+    blend, parts = Blend([EASE(5), GFCF(rank=3)], [1, 2], [0, -1]).fit(log), [EASE(5).fit(log), GFCF(rank=3).fit(log)]
+    scores = [m._scores(np.arange(40)) for m in parts]
+    weight = 2 * np.median(length) / length[:, None]
+    by_hand = scores[0] / scores[0].std(1, keepdims=True) + weight * scores[1] / scores[1].std(1, keepdims=True)
+    assert np.allclose(blend._scores(np.arange(40)), by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda **k: EASE(5, **k), lambda **k: GFCF(rank=3, **k), lambda **k: PolynomialFilter((2, -1), **k)])
+def test_weights_that_count_in_histories_alone(small, make):
+    log, _ = small
+    draw = np.random.default_rng(0)
+    heavy = log.with_columns(pl.Series("weight", draw.random(log.height) + 0.1))
+    alike, weighted = make().fit(log), make(weighted=False).fit(heavy)
+    table = alike.scorer.score(weighted.history, alike.scorer.encode(weighted.history))
+    assert np.allclose(weighted._scores(np.arange(40)), table, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(make().fit(heavy)._scores(np.arange(40)), table, rtol=1e-2, atol=1e-3)
+
+
+def test_fewer_directions_come_near_the_dense_table():
+    log = movielens()[0].filter(pl.len().over("item_id") >= 25)
+    dense, few = EASE(200).fit(log), EASE(200, dense_limit=0, rank=150).fit(log)
+    assert dense.agreement(few) > 0.8
 
 
 def test_an_item_without_events_is_not_recommended(small):
@@ -172,6 +199,10 @@ def test_two_stages(tmp_path):
     assert (again.lists(asked)[0] == model.lists(asked)[0]).all()
     guest = model.fold_in(train.filter(pl.col("user_id") == asked[0]).with_columns(pl.lit(10**6).cast(pl.Int64).alias("user_id")))
     assert np.allclose(guest.score([10**6]), model.score(asked[:1]), atol=1e-4)
+    best = model.recommend(asked[:1], k=1)
+    assert np.isclose(model.explain(asked[0], best["item_id"][0])["contribution"].sum(), best["score"][0], rtol=1e-4)
+    everything = model.lists(asked[:3], k=len(model.items))[0]
+    assert (everything[:, :60] == model.lists(asked[:3], k=60)[0]).all()
     rest, gone = hide(model.history, 0.2, 0)
     assert rest.to_scipy().multiply(gone.to_scipy()).nnz == 0 and len(rest.indices) + len(gone.indices) == train.height
 

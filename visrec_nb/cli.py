@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'train_app', 'bundle_app', 'report_app', 'Source', 'Json', 'Seed', 'Embeddings', 'BackboneName',
-           'demo', 'data_check', 'data_check_log', 'data_drift', 'data_split', 'data_repair', 'data_prepare',
+           'Root', 'Alerts', 'Past', 'schedule_app', 'Report', 'Runs', 'When', 'Zone', 'File', 'RunName', 'Plan',
+           'AFTER', 'demo', 'data_check', 'data_check_log', 'data_drift', 'data_split', 'data_repair', 'data_prepare',
            'embed_command', 'search_command', 'train_image', 'train_video', 'train_recommender', 'predict',
            'timeline_command', 'evaluate', 'recommend', 'similar', 'bundle_inspect', 'bundle_verify', 'report_list',
-           'report_show', 'report_run', 'main']
+           'report_show', 'report_run', 'report_history', 'report_compare', 'report_notify', 'schedule_write',
+           'schedule_check', 'schedule_list', 'schedule_run', 'schedule_missed', 'main']
 
 # %% ../nbs/cli.ipynb #5429ed4f
 import json, os, sys, warnings
@@ -272,7 +274,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #0ff9d44f
+# %% ../nbs/cli.ipynb #d56c0caa
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -379,10 +381,17 @@ def train_recommender(
     out: Annotated[Path, typer.Option(help="The bundle's folder.")],
     items: Annotated[Path | None, typer.Option(help="The items: item_id, title and what describes them.")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="A store filled by `visrec embed`: what the items look like.")] = None,
-    model: Annotated[str, typer.Option(help="hybrid, als, item_item, content or popularity.")] = "hybrid",
+    model: Annotated[str, typer.Option(
+        help="hybrid, content, als, bpr, logistic_mf, ease, gfcf, item_item, markov, sasrec or popularity.")] = "hybrid",
     test_log: Annotated[Path | None, typer.Option(help="Later interactions to measure on.")] = None,
     weight: Annotated[str | None, typer.Option(help="The column that weighs an event, such as rating.")] = None,
     duplicates: Annotated[str | None, typer.Option(help="The same user and item again: sum, max, last, count or error.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Leave out events of a smaller weight.")] = None,
+    half_life: Annotated[float | None, typer.Option(help="Days in which an event's weight halves, back from the newest.")] = None,
+    min_user_events: Annotated[int, typer.Option(help="Leave out users with fewer items,")] = 1,
+    min_item_events: Annotated[int, typer.Option(help="and items with fewer users, until both hold.")] = 1,
+    without_bots: Annotated[bool, typer.Option("--without-bots", help="Leave out users whom the check of the log takes for bots.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Read a log that is large beside the memory in pieces.")] = False,
     seed: Seed = 42,
     as_json: Json = False,
 ) -> None:
@@ -393,8 +402,10 @@ def train_recommender(
     from visrec_nb.data.interactions import read_interactions
     from visrec_nb.recsys.evaluation import evaluate
     looks: dict[str, Any] = {}
-    makers = {"hybrid": lambda: recsys.Hybrid(recsys.ALS(seed=seed), **looks), "als": lambda: recsys.ALS(seed=seed),
-              "item_item": recsys.ItemItem, "content": lambda: recsys.Content(**looks), "popularity": recsys.Popularity}
+    makers = {"hybrid": lambda: recsys.Hybrid(recsys.ALS(seed=seed), **looks), "content": lambda: recsys.Content(**looks),
+              "als": lambda: recsys.ALS(seed=seed), "bpr": lambda: recsys.BPR(seed=seed),
+              "logistic_mf": lambda: recsys.LogisticMF(seed=seed), "ease": recsys.EASE, "gfcf": recsys.GFCF, "item_item": recsys.ItemItem, "markov": recsys.Markov,
+              "sasrec": lambda: recsys.SASRec(seed=seed), "popularity": recsys.Popularity}
     if model not in makers: raise ParameterError(f"--model {model}: one of {', '.join(makers)} is meant")
     require_place(out)
     if model not in ("hybrid", "content"):
@@ -402,12 +413,14 @@ def train_recommender(
     elif items is None and embeddings is None:
         raise ParameterError(f"--model {model} needs --items FILE, the items' features, or --embeddings STORE")
     if embeddings: looks["item_embeddings"] = _item_looks(embeddings)
-    events = read_interactions(log, weight=weight, duplicates=duplicates)
+    reading: dict[str, Any] = {"weight": weight, "duplicates": duplicates, "threshold": threshold, "stream": stream}
+    events = read_interactions(log, half_life=half_life, min_user_events=min_user_events, min_item_events=min_item_events,
+                               leave_out=("bot",) if without_bots else (), **reading)
     catalog = _read_items(items)
     if looks and catalog is None: catalog = _catalog_of(looks["item_embeddings"][0], events)
     rec = makers[model]().fit(events, items=catalog)
     if looks: _tell_looks(rec, looks["item_embeddings"][0])
-    metrics = evaluate(rec, read_interactions(test_log, weight=weight, duplicates=duplicates), seed=seed) if test_log else {}
+    metrics = evaluate(rec, read_interactions(test_log, **reading), seed=seed) if test_log else {}
     rec.to_bundle(out, metrics=metrics, facts={"data": {"fingerprint": sha256_file(log), "events": events.height}, "seed": seed})
     if as_json: _print_json(metrics)
     elif metrics: typer.echo(f"NDCG@10 {metrics['ndcg@10']:.4f} ({metrics['ndcg@10_ci_low']:.4f} to {metrics['ndcg@10_ci_high']:.4f})")
@@ -577,7 +590,7 @@ def bundle_verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")]) -> 
     from visrec_nb.core.bundle import verify_bundle
     typer.echo(f"{bundle}: {len(verify_bundle(bundle)['files'])} files, all as written")
 
-# %% ../nbs/cli.ipynb #0177aa70
+# %% ../nbs/cli.ipynb #28eabf06
 @report_app.command("list")
 def report_list() -> None:
     "The report templates."
@@ -585,31 +598,208 @@ def report_list() -> None:
     for name in templates(): typer.echo(name)
 
 @report_app.command("show")
-def report_show(name: Annotated[str, typer.Argument(help="A template's name, or a notebook.")]) -> None:
-    "A report's parameters."
+def report_show(name: Annotated[str, typer.Argument(help="A template's name, or a notebook.")], as_json: Json = False) -> None:
+    "A report's parameters: type, default, rules, and what each is for."
     from visrec_nb.reports.parameters import report_parameters
     from visrec_nb.reports.runner import find_report
-    for p in report_parameters(find_report(name)):
-        if p.name != "out": typer.echo(f"{p.name:<20} {p.type + (' or None' if p.optional else ''):<16} {p.default!r:<40} {p.help}")
+    known = [p for p in report_parameters(find_report(name)) if p.name != "out"]
+    if as_json:
+        _print_json({"report": Path(name).stem, "parameters": [
+            {"name": p.name, "type": p.kind, "default": p.default, "help": p.help, "low": p.low, "high": p.high, "choices": list(p.choices),
+             "data": p.data, "secret": p.secret} for p in known]})
+        return
+    rows = [("parameter", "type", "default", "rules", "what it is for")]
+    rows += [(p.name, p.kind, repr(p.default), p.rule, p.help) for p in known]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    for row in rows: typer.echo("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
 
 @report_app.command("run")
 def report_run(
     name: Annotated[str, typer.Argument(help="A template's name, or a notebook.")],
-    parameter: Annotated[list[str] | None, typer.Option("-p", help="KEY=VALUE, as often as needed.")] = None,
-    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("out/report"),
-    timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 3600,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="KEY=VALUE, as often as needed; lists as a,b,c.")] = None,
+    file: Annotated[Path | None, typer.Option("-f", help="A YAML file with parameters; -p goes before it.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run's folder, replaced by each run; here or s3://, gs://, abfs://.")] = None,
+    runs: Annotated[str | None, typer.Option(help="Instead: keep each run, as RUNS/<name>/<time>-<key>.")] = None,
+    run_name: Annotated[str | None, typer.Option("--name", help="Of the run; else the template's.")] = None,
+    keep: Annotated[int | None, typer.Option(help="With --runs: so many are kept.")] = None,
+    keep_days: Annotated[float | None, typer.Option(help="With --runs: those of so many days are kept.")] = None,
+    if_changed: Annotated[bool, typer.Option("--if-changed", help="Run only where code, parameters or data have changed.")] = False,
+    seed: Annotated[int | None, typer.Option(help="The parameter seed.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the run may take.")] = 21_600,
+    cell_timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait where another run of this name is going on.")] = 0,
+    pdf: Annotated[bool, typer.Option("--pdf", help="A report.pdf too; needs Chromium.")] = False,
     as_json: Json = False,
 ) -> None:
-    "Run a report: page, numbers and manifest in a folder."
-    from visrec_nb.reports.runner import run_report
-    given = {}
+    "Run a report: page, numbers and manifest in a folder. Exit status 1 when the run failed."
+    from visrec_nb.reports import runner
+    from visrec_nb.reports.parameters import read_parameters
+    from visrec_nb.reports.store import join
+    given = {} if file is None else read_parameters(file)
     for text in parameter or []:
         key, sign, value = text.partition("=")
         if not sign: raise ParameterError(f"-p {text}: KEY=VALUE is meant")
         given[key] = value
-    run = run_report(name, out, given, timeout=timeout)
-    if as_json: _print_json({"metrics": run.metrics, "folder": str(run.folder)})
-    else: typer.echo(str(run.folder / "index.html"))
+    if runs is None and (keep is not None or keep_days is not None): raise ParameterError("--keep and --keep-days go with --runs")
+    runner.own_process, fault = True, None
+    if out is None and runs is None: out = "out/report"
+    try: run = runner.run_report(name, out, given, runs=runs, name=run_name, if_changed=if_changed, seed=seed, timeout=timeout,
+                                 cell_timeout=cell_timeout, wait=wait, keep=keep, keep_days=keep_days, pdf=pdf)
+    except VisrecError as e:
+        if not hasattr(e, "run"): raise
+        run, fault = e.run, e
+    told = {name: run.manifest[name] for name in ("run", "status", "error", "conclusion")}
+    if as_json: _print_json(told | {"fresh": run.fresh, "folder": run.place, "metrics": run.metrics})
+    else: typer.echo(str(join(run.place, "index.html")))
+    if fault is not None: raise typer.Exit(_leave(str(fault), 1))
+
+# %% ../nbs/cli.ipynb #ebf10058
+Root = Annotated[Path, typer.Argument(help="The folder that `visrec report run --runs` puts its runs into.")]
+Alerts = Annotated[list[str] | None, typer.Option("--alert", help="A rule: 'accuracy < 0.8', 'ece rises 10% over 7', 'no run for 36h'.")]
+
+@report_app.command("history")
+def report_history(
+    root: Root,
+    alert: Alerts = None,
+    rules: Annotated[Path | None, typer.Option(help="A YAML list of rules; else ROOT/alerts.yaml where there is one.")] = None,
+    last: Annotated[int, typer.Option(help="How many runs to list.")] = 20,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 where something raises an alert.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Make index.sqlite and index.html of all runs anew, and say how things stand."
+    from visrec_nb.reports.history import alerts, duration, history_conclusion, parse_rule, read_rules, write_history
+    own = rules or (root / "alerts.yaml" if (root / "alerts.yaml").is_file() else None)
+    wanted = (read_rules(own) if own else []) + [parse_rule(text) for text in alert or []]
+    history = write_history(root, wanted)
+    raised, shown = alerts(history, wanted), history.runs[:last]
+    if as_json:
+        runs = [{"folder": r.folder, "run": r.run, "report": r.report, "status": r.status, "error": r.error, "seconds": r.seconds,
+                 "started": f"{r.started:%Y-%m-%dT%H:%M:%SZ}", "conclusion": r.conclusion} for r in shown]
+        _print_json({"conclusion": history_conclusion(history, raised), "alerts": [vars(a) for a in raised], "runs": runs,
+                     "skipped": [{"folder": name, "reason": why} for name, why in history.skipped], "page": str(root / "index.html")})
+    else:
+        for r in shown: typer.echo(f"{r.started:%Y-%m-%d %H:%M}  {r.status:<6}  {duration(r.seconds):>12}  {r.folder}")
+        typer.echo(history_conclusion(history, raised))
+        typer.echo(str(root / "index.html"))
+    for name, why in history.skipped: _note(f"not a run: {name}: {why}")
+    for a in raised: _note(f"alert: {a.run + ': ' if a.run else ''}{a.text}")
+    if strict and raised: raise typer.Exit(1)
+
+Past = Annotated[Path, typer.Argument(help="A run's folder, or ROOT/NAME for the newest run of that name.")]
+
+@report_app.command("compare")
+def report_compare(
+    run_a: Past,
+    run_b: Past,
+    out: Annotated[Path | None, typer.Option(help="A page (.html) with the comparison.")] = None,
+    as_json: Json = False,
+) -> None:
+    "What differs between two runs: figures, parameters, data, versions."
+    from visrec_nb.core.files import atomic_file
+    from visrec_nb.reports.history import compare_runs, comparison_page
+    found = compare_runs(run_a, run_b)
+    if out is not None:
+        with atomic_file(out) as aside: aside.write_text(comparison_page(found), encoding="utf-8")
+    if as_json:
+        _print_json(found)
+        return
+    for row in found["metrics"]: typer.echo(f"{row['metric']:<28} {row['words']}")
+    for what, (one, two) in found["inputs"].items(): typer.echo(f"{what:<28} {json.dumps(one)} -> {json.dumps(two)}")
+    typer.echo(found["conclusion"])
+
+@report_app.command("notify")
+def report_notify(
+    run: Past,
+    to: Annotated[list[str], typer.Option(help="env:NAME or file:PATH holding a webhook's address, or mailto:ADDRESS; may be repeated.")],
+    link: Annotated[str | None, typer.Option(help="Where the folder of the runs is on the web; else the page's path is given.")] = None,
+    only: Annotated[str, typer.Option(help="always; alerts: if it failed or raises an alert; failed.")] = "always",
+) -> None:
+    "Tell a chat channel or a mailbox how a run ended. Exits with 1 if a message cannot be delivered."
+    from visrec_nb.reports.notify import notify
+    for target in to:
+        sent = notify(run, target, link=link, only=only)
+        _note(f"{'sent' if sent else 'nothing to send'} to {target.partition('?')[0]}")
+
+# %% ../nbs/cli.ipynb #b333ef82
+schedule_app = typer.Typer(no_args_is_help=True, help="Run reports by the clock.")
+report_app.add_typer(schedule_app, name="schedule")
+Report = Annotated[str, typer.Argument(help="A template's name, or a notebook.")]
+Runs = Annotated[str, typer.Option(help="The folder that the runs go to: ROOT/NAME/TIME.")]
+When = Annotated[str, typer.Option(help="A cron expression: '30 2 * * mon-fri', @daily.")]
+Zone = Annotated[str, typer.Option(help="The time zone of it, such as Europe/Berlin.")]
+File = Annotated[Path | None, typer.Option("-f", help="The report's parameters, a YAML file.")]
+RunName = Annotated[str, typer.Option("--name", help="The run's name; else the report's.")]
+Plan = Annotated[Path, typer.Argument(help="The schedule, a YAML file.")]
+AFTER = {"allow_extra_args": True} # after `--`: more of `visrec report run`
+
+@schedule_app.command("write", context_settings=AFTER)
+def schedule_write(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="cron, systemd, github or airflow.")],
+    report: Report,
+    runs: Runs,
+    when: When,
+    timezone: Zone = "UTC",
+    parameters: File = None,
+    name: RunName = "",
+    out: Annotated[Path, typer.Option(help="The folder for what is written.")] = Path("."),
+    visrec: Annotated[str | None, typer.Option(help="The program, where it is another than this.")] = None,
+    operator: Annotated[str, typer.Option(help="Of an Airflow DAG: bash, or papermill for its PapermillOperator.")] = "bash",
+    install: Annotated[str, typer.Option(help="How a workflow installs the package.")] = "pip install 'visrec_nb[all]'",
+) -> None:
+    "Write a schedule for a scheduler, and check it. After `--` come more options of `visrec report run`."
+    from visrec_nb.reports.schedule import job, write_schedule
+    found = job(report, runs, when, timezone, parameters, name, options=context.args)
+    for path in write_schedule(found, kind, out, visrec, operator, install): typer.echo(str(path))
+
+@schedule_app.command("check")
+def schedule_check(paths: Annotated[list[Path], typer.Argument(help="Crontabs, units, workflows, DAGs, schedules.")]) -> None:
+    "Check schedules that are written."
+    from visrec_nb.reports.schedule import check_schedule
+    for path in paths: typer.echo(f"{path}: a good {check_schedule(path)}")
+
+@schedule_app.command("list")
+def schedule_list(plan: Plan, as_json: Json = False) -> None:
+    "What runs when, and how it went last."
+    from visrec_nb.reports.schedule import schedule_table
+    rows = schedule_table(plan)
+    if as_json: _print_json({"reports": rows})
+    else:
+        for row in rows:
+            ended = "not ended" if row["exit"] is None else f"exit {row['exit']}"
+            last = f"last due {row['last']}, {ended}" if row["last"] else "not run yet"
+            typer.echo(f"{row['run']:<20} {row['when']:<18} next {row['next']:<24} {last}")
+
+@schedule_app.command("run")
+def schedule_run(
+    plan: Plan,
+    once: Annotated[bool, typer.Option("--once", help="Run what is due now, and end.")] = False,
+    grace: Annotated[float, typer.Option(help="Seconds that a running report gets when this is told to stop.")] = 30.0,
+) -> None:
+    "Run reports when they are due, missed ones too, until SIGTERM or Ctrl-C. With --once it exits with 1 if one failed."
+    from visrec_nb.reports.schedule import run_schedule
+    if run_schedule(plan, once, _note, grace) and once: raise typer.Exit(1)
+
+@schedule_app.command("missed", context_settings=AFTER)
+def schedule_missed(
+    context: typer.Context,
+    report: Report,
+    runs: Runs,
+    when: When,
+    timezone: Zone = "UTC",
+    parameters: File = None,
+    name: RunName = "",
+) -> None:
+    "Run a report if its last due time has had no run; for the start of a machine."
+    import subprocess
+    from datetime import UTC, datetime
+    from visrec_nb.reports.schedule import job, missed_time, run_command
+    found = job(report, runs, when, timezone, parameters, name, options=context.args)
+    moment = missed_time(found, datetime.now(UTC))
+    if moment is None: _note(f"{found.run}: nothing was missed")
+    else:
+        _note(f"{found.run}: due {moment:%Y-%m-%d %H:%M} UTC, catching up")
+        if status := subprocess.run(run_command(found), check=False).returncode: raise typer.Exit(status if status > 0 else 1)
 
 # %% ../nbs/cli.ipynb #0925b9a0
 def main() -> None:

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'LOG_FINDING_COLUMNS', 'PAUSE', 'AWAKE', 'GAPS', 'EVEN', 'WIDE', 'USER_CHECKS', 'merge_duplicates',
-           'read_interactions', 'split_interactions', 'HeldOut', 'hold_out_users', 'check_interactions',
-           'popularity_curve', 'popularity_facts', 'plot_popularity', 'Cleaned', 'without_bots']
+           'k_core', 'with_recency', 'read_interactions', 'split_interactions', 'HeldOut', 'hold_out_users',
+           'check_interactions', 'popularity_curve', 'popularity_facts', 'plot_popularity', 'Cleaned', 'without_bots']
 
-# %% ../../nbs/data/interactions.ipynb #7ca854ef
+# %% ../../nbs/data/interactions.ipynb #c0819297
 import difflib, warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import polars as pl
@@ -23,7 +23,7 @@ from ..core.stats import percent
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 
-# %% ../../nbs/data/interactions.ipynb #f1edd65b
+# %% ../../nbs/data/interactions.ipynb #9c677274
 COLUMNS = ("user_id", "item_id", "weight", "timestamp")
 
 def _table(log: Any) -> pl.DataFrame:
@@ -39,25 +39,32 @@ def _table(log: Any) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError) as e:
         raise InteractionsError(f"{log}: cannot be read as {suffix[1:]} ({str(e).splitlines()[0]})") from e
 
-def _columns(df: pl.DataFrame, where: str, weight: str | None, extra: str) -> pl.DataFrame:
+_Frame = TypeVar("_Frame", pl.DataFrame, pl.LazyFrame)
+
+def _columns(df: _Frame, where: str, weight: str | pl.Expr | None, extra: str) -> _Frame:
+    names = df.collect_schema().names()
     if weight is not None:
-        if weight not in df.columns: raise InteractionsError(f"{where}: no column {weight!r} to use as weight; it has {df.columns}")
-        if weight != "weight" and "weight" in df.columns:
-            raise InteractionsError(f"{where}: has a column 'weight' and weight={weight!r} was asked for; rename or drop one of them")
-        df = df.rename({weight: "weight"})
-    if missing := [c for c in COLUMNS[:2] if c not in df.columns]:
-        near = difflib.get_close_matches(missing[0], df.columns, 1, 0.5)
-        hint = f"; is it {near[0]!r}? Rename it" if near else f"; it has {df.columns}"
+        used = [weight] if isinstance(weight, str) else weight.meta.root_names()
+        if gone := [c for c in used if c not in names]:
+            raise InteractionsError(f"{where}: no column {gone[0]!r} to use as weight; it has {names}")
+        if "weight" not in used and "weight" in names:
+            raise InteractionsError(f"{where}: has a column 'weight' and weight={str(weight)!r} was asked for; rename or drop one of them")
+        value = pl.col(weight) if isinstance(weight, str) else weight
+        df = df.with_columns(value.alias("weight")).drop([c for c in used if c not in COLUMNS])
+        names = df.collect_schema().names()
+    if missing := [c for c in COLUMNS[:2] if c not in names]:
+        near = difflib.get_close_matches(missing[0], names, 1, 0.5)
+        hint = f"; is it {near[0]!r}? Rename it" if near else f"; it has {names}"
         raise InteractionsError(f"{where}: no column {missing[0]!r}{hint}")
-    unknown = [c for c in df.columns if c not in COLUMNS]
+    unknown = [c for c in names if c not in COLUMNS]
     if extra == "drop": return df.drop(unknown)
     if unknown and extra == "error":
-        near = difflib.get_close_matches(unknown[0], [c for c in COLUMNS if c not in df.columns], 1, 0.5)
+        near = difflib.get_close_matches(unknown[0], [c for c in COLUMNS if c not in names], 1, 0.5)
         hint = "pass weight='rating' to use it as the weight" if unknown[0] == "rating" else f"is it {near[0]!r}?" if near else "rename it"
         raise InteractionsError(f"{where}: unknown column {unknown[0]!r}: {hint}, or pass extra='keep' or extra='drop'")
     return df
 
-# %% ../../nbs/data/interactions.ipynb #1cb21b99
+# %% ../../nbs/data/interactions.ipynb #33c20b26
 def _refuse(bad: pl.Series, where: str, column: str, what: str) -> None:
     "Raise with the count and the first rows where `bad` is true."
     if not (n := int(bad.sum())): return
@@ -73,7 +80,7 @@ def _ids(df: pl.DataFrame, column: str, where: str) -> pl.Series:
         if not (ids == ids.round()).all():
             raise InteractionsError(f"{where}: column {column!r} holds fractions; ids are whole numbers or text")
         ids = ids.cast(pl.Int64)
-    if not (ids.dtype.is_integer() or ids.dtype == pl.String): ids = ids.cast(pl.String)
+    if not (ids.dtype.is_integer() or ids.dtype in (pl.String, pl.Categorical)): ids = ids.cast(pl.String)
     _refuse(ids.is_null() | (ids == "" if ids.dtype == pl.String else False), where, column, "missing ids")
     return ids
 
@@ -100,59 +107,152 @@ def _times(df: pl.DataFrame, where: str) -> pl.Series:
     _refuse(time.is_null(), where, "timestamp", "timestamps that cannot be read (ISO 8601 or seconds since 1970 are meant)")
     return time
 
-# %% ../../nbs/data/interactions.ipynb #023faa99
+# %% ../../nbs/data/interactions.ipynb #77b59aee
+def _codes(ids: pl.Series) -> np.ndarray: # a number for each different id, none much higher than their number
+    if ids.dtype == pl.String: ids = ids.cast(pl.Categorical)
+    codes = ids.to_physical() if ids.dtype == pl.Categorical else ids
+    low, high = (int(x) for x in (codes.min(), codes.max())) # type: ignore[arg-type]
+    return (codes if 0 <= low and high < 4 * len(codes) + 1_000_000 else codes.rank("dense")).to_numpy()
+
+def _by_pair(df: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]: # order of the rows by pair, then place; where each pair begins in it
+    u, i = _codes(df["user_id"]), _codes(df["item_id"])
+    key = u.astype(np.int64) * (int(i.max()) + 1) + i
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    return order, np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
+
 def merge_duplicates(
     df: pl.DataFrame, # interactions
-    duplicates: str = "sum", # sum, max or last weight, count (weight = number of events), keep (as they are), error
+    duplicates: str | None = "sum", # sum, max or last weight; count (of events, as weight), keep (as they are), error; None sums and warns
     where: str = "interactions", # what to call it in a message
 ) -> pl.DataFrame: # a row for each user and item, in order of first appearance; the latest timestamp is kept
     "Bring several events of one user with one item to one row."
     policies = ("sum", "max", "last", "count", "keep", "error")
-    if duplicates not in policies: raise ParameterError(f"duplicates={duplicates!r}: one of {', '.join(policies)} is meant")
-    if duplicates == "error":
-        _refuse(~df.select(pl.struct(COLUMNS[:2]).is_first_distinct()).to_series(), where, "item_id",
-                "events that repeat an earlier user and item (or choose duplicates='sum', 'max', 'last' or 'count')")
-        return df
-    if duplicates == "keep": return df
-    if duplicates == "last" and "timestamp" in df.columns: df = df.sort("timestamp", maintain_order=True)
-    weight = pl.col("weight") if "weight" in df.columns else pl.lit(1.0)
-    how = {"sum": weight.sum(), "max": weight.max(), "last": weight.last(), "count": pl.len().cast(pl.Float64)}[duplicates]
-    if "weight" not in df.columns and duplicates in ("max", "last"): how = pl.lit(1.0)
-    rest = [pl.col(c).max() if c == "timestamp" else pl.col(c).last() for c in df.columns if c not in ("user_id", "item_id", "weight")]
-    merged = df.group_by("user_id", "item_id", maintain_order=True).agg(how.alias("weight"), *rest)
-    keep = "weight" in df.columns or duplicates == "count" or merged.height < df.height
-    return merged.select([c for c in dict.fromkeys((*COLUMNS, *df.columns)) if c in merged.columns and (c != "weight" or keep)])
+    if duplicates not in (*policies, None): raise ParameterError(f"duplicates={duplicates!r}: one of {', '.join(policies)} is meant")
+    if duplicates == "keep" or not df.height: return df
+    order, first = _by_pair(df)
+    size = np.diff(np.append(first, len(order)))
+    if len(first) < len(order) and duplicates in ("error", None): _tell_repeats(order, first, where, duplicates == "error")
+    own, merged = "weight" in df.columns, len(first) < len(order)
+    if merged: df, weight = _one_row_each(df, order, first, duplicates or "sum")
+    elif own: weight = df["weight"].to_numpy()
+    if duplicates == "count": weight = (size if not merged else size[np.argsort(order[first])]).astype(np.float64)
+    if own or duplicates == "count" or merged: df = df.with_columns(weight=pl.Series(weight))
+    return df.select(list(dict.fromkeys((*(c for c in COLUMNS if c in df.columns), *df.columns))))
 
-# %% ../../nbs/data/interactions.ipynb #373349d5
-def _warn_of_duplicates(df: pl.DataFrame, where: str) -> None:
-    again = ~df.select(pl.struct(COLUMNS[:2]).is_first_distinct()).to_series()
-    if not (n := int(again.sum())): return
-    rows = ", ".join(map(str, (np.flatnonzero(again.to_numpy())[:5] + 1).tolist()))
-    warnings.warn(f"{where}: {n} events repeat an earlier user and item (first in row {rows} of {len(df)}); their weights were summed; "
-                  "choose with duplicates='sum', 'max', 'last', 'count' or 'error'", DataWarning, stacklevel=3)
+def _tell_repeats(order: np.ndarray, first: np.ndarray, where: str, refuse: bool) -> None:
+    again = np.ones(len(order), bool)
+    again[first] = False
+    rows, n = ", ".join(map(str, np.sort(order[again])[:5] + 1)), len(order) - len(first)
+    if refuse:
+        raise InteractionsError(f"{where}: column 'item_id': {n} events that repeat an earlier user and item, first in row {rows} of "
+                                f"{len(order)}; correct or remove them, or choose duplicates='sum', 'max', 'last' or 'count'")
+    warnings.warn(f"{where}: {n} events repeat an earlier user and item (first in row {rows} of {len(order)}); their weights were summed; "
+                  "choose with duplicates='sum', 'max', 'last', 'count' or 'error'", DataWarning, stacklevel=4)
+
+def _one_row_each(df: pl.DataFrame, order: np.ndarray, first: np.ndarray, how: str) -> tuple[pl.DataFrame, np.ndarray]: # rows, weights
+    time = df["timestamp"].to_physical().to_numpy() if "timestamp" in df.columns else None
+    weight = df["weight"].to_numpy() if "weight" in df.columns else np.ones(df.height, np.float32)
+    start, shown = order[first], np.append(first[1:], len(order)) - 1
+    back = np.argsort(start)
+    if how == "last" and time is not None: # within a pair by time, then place
+        pair = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(order))))
+        order = order[np.lexsort((time[order], pair))]
+    if how == "last": value = weight[order[shown]]
+    elif how == "max": value = np.maximum.reduceat(weight[order], first)
+    elif "weight" in df.columns or how != "sum": value = np.add.reduceat(weight[order].astype(np.float64), first)
+    else: value = np.diff(np.append(first, len(order))).astype(np.float64)
+    rest = [df[c][order[shown][back]] for c in df.columns if c not in COLUMNS]
+    out = df.select("user_id", "item_id")[start[back]].with_columns(rest)
+    if time is not None:
+        latest = pl.Series("timestamp", np.maximum.reduceat(time[order], first)[back]).cast(df["timestamp"].dtype)
+        out = out.insert_column(2, latest)
+    return out, value[back]
+
+# %% ../../nbs/data/interactions.ipynb #4940faee
+def k_core(
+    df: pl.DataFrame, # interactions
+    min_user_events: int = 5, # rows of a user, at least
+    min_item_events: int = 5, # rows of an item, at least
+) -> pl.DataFrame: # rows of `df` in their order; may be none
+    "Leave out users and items with few events until there are none left."
+    kept, sides = np.arange(df.height), ((_codes(df["user_id"]), min_user_events), (_codes(df["item_id"]), min_item_events))
+    while len(kept):
+        enough = np.ones(len(kept), bool)
+        for codes, least in sides: enough &= np.bincount(codes[kept])[codes[kept]] >= least
+        if enough.all(): break
+        kept = kept[enough]
+    return df if len(kept) == df.height else df[kept]
+
+# %% ../../nbs/data/interactions.ipynb #096ab7c7
+def _lazy(log: Any) -> pl.LazyFrame:
+    "A lazy frame over a path, a frame or anything polars can make a frame from."
+    if isinstance(log, pl.LazyFrame): return log
+    if not isinstance(log, str | Path): return _table(log).lazy()
+    scanners: dict[str, Any] = {".csv": pl.scan_csv, ".parquet": pl.scan_parquet, ".jsonl": pl.scan_ndjson, ".ndjson": pl.scan_ndjson}
+    if (suffix := Path(log).suffix.lower()) not in scanners: return _table(log).lazy()
+    if not Path(log).exists(): raise InteractionsError(f"{log}: no such file")
+    return scanners[suffix](log, **({} if suffix == ".parquet" else {"infer_schema_length": 10_000}))
+
+def _typed(df: pl.DataFrame, where: str) -> pl.DataFrame:
+    df = df.with_columns(_ids(df, "user_id", where), _ids(df, "item_id", where))
+    if "weight" in df.columns: df = df.with_columns(_weights(df, where))
+    if "timestamp" in df.columns: df = df.with_columns(_times(df, where))
+    return df.select(*[c for c in COLUMNS if c in df.columns], *[c for c in df.columns if c not in COLUMNS])
+
+def _streamed(log: Any, where: str, weight: str | pl.Expr | None, extra: str, rows: int) -> pl.DataFrame:
+    parts, start, small = [], 0, (pl.col(pl.String).cast(pl.Categorical), pl.col("^weight$").cast(pl.Float32))
+    try:
+        for part in _columns(_lazy(log), where, weight, extra).collect_batches(chunk_size=rows, maintain_order=True):
+            if not part.height: continue
+            parts.append(_typed(part, f"{where}, rows {start + 1:,} to {start + part.height:,}").with_columns(*small))
+            start += part.height
+    except (pl.exceptions.PolarsError, OSError) as e: raise InteractionsError(f"{where}: cannot be read ({str(e).splitlines()[0]})") from e
+    if not parts: raise InteractionsError(f"{where}: has no rows")
+    return pl.concat(parts)
+
+def with_recency(
+    df: pl.DataFrame, # interactions with `timestamp`
+    half_life: float, # days in which an event's weight halves, counted back from the newest event
+    where: str = "interactions", # what to call it in a message
+) -> pl.DataFrame: # with `weight`
+    "Weigh events by their age."
+    if half_life <= 0: raise ParameterError(f"half_life={half_life}: a number of days above 0 is meant")
+    if "timestamp" not in df.columns: raise InteractionsError(f"{where}: half_life needs a column 'timestamp'")
+    days = (pl.col("timestamp").max() - pl.col("timestamp")).dt.total_microseconds() / 86_400e6
+    weight = pl.col("weight") if "weight" in df.columns else pl.lit(1.0)
+    return df.with_columns(weight=weight * 0.5 ** (days / half_life))
 
 def read_interactions(
-    log: Any, # a .csv, .parquet or .jsonl file, a polars frame, or a mapping of columns
-    weight: str | None = None, # the column that holds the weight, such as `rating`; None takes a column `weight` if there is one
+    log: Any, # a .csv, .parquet or .jsonl file, a polars (lazy) frame, or a mapping of columns
+    weight: str | pl.Expr | None = None, # column of the weight, such as `rating`, or an expression; None takes `weight` if there is one
     extra: str = "error", # unknown columns: error, keep, drop
     duplicates: str | None = None, # the same user and item again: sum, max, last, count, keep, error; None sums and warns
-    min_user_events: int = 1, # users with fewer items are left out
-    min_item_events: int = 1, # items with fewer users are left out (once, after the users)
+    min_user_events: int = 1, # users with fewer items are left out,
+    min_item_events: int = 1, # and items with fewer users, until both hold
+    threshold: float | None = None, # events of a smaller weight are left out
+    half_life: float | None = None, # days in which an event's weight halves, counted back from the newest event
+    leave_out: tuple[str, ...] = (), # users with one of these findings of `check_interactions` are left out, with a warning: ("bot",)
+    stream: bool = False, # read in pieces, text ids as categories: for logs that are large beside the memory
+    piece: int = 500_000, # rows of a piece
 ) -> pl.DataFrame: # user_id, item_id[, weight][, timestamp]; raises InteractionsError
     "Read and check an interaction log."
     if extra not in ("error", "keep", "drop"): raise ParameterError(f"extra={extra!r}: one of error, keep, drop is meant")
     where = str(log) if isinstance(log, str | Path) else "interactions"
-    df = _columns(_table(log), where, weight, extra)
-    if not df.height: raise InteractionsError(f"{where}: has no rows")
-    df = df.with_columns(_ids(df, "user_id", where), _ids(df, "item_id", where))
-    if "weight" in df.columns: df = df.with_columns(_weights(df, where))
-    if "timestamp" in df.columns: df = df.with_columns(_times(df, where))
-    df = df.select(*[c for c in COLUMNS if c in df.columns], *[c for c in df.columns if c not in COLUMNS])
-    if duplicates is None: _warn_of_duplicates(df, where)
-    df = merge_duplicates(df, duplicates or "sum", where)
-    for column, least in (("user_id", min_user_events), ("item_id", min_item_events)):
-        if least > 1: df = df.filter(pl.len().over(column) >= least)
-    if not df.height: raise InteractionsError(f"{where}: nothing is left with {min_user_events=} and {min_item_events=}")
+    if stream: df = _streamed(log, where, weight, extra, piece)
+    else:
+        df = _columns(_table(log), where, weight, extra)
+        if not df.height: raise InteractionsError(f"{where}: has no rows")
+        df = _typed(df, where)
+    if leave_out: df = _without(df, leave_out, where)
+    if threshold is not None:
+        if "weight" not in df.columns:
+            raise InteractionsError(f"{where}: threshold={threshold} needs a weight; say which column with weight=")
+        df = df.filter(pl.col("weight") >= threshold)
+    if half_life is not None: df = with_recency(df, half_life, where)
+    df = merge_duplicates(df, duplicates, where)
+    if min_user_events > 1 or min_item_events > 1: df = k_core(df, min_user_events, min_item_events)
+    if not df.height: raise InteractionsError(f"{where}: nothing is left with {threshold=}, {min_user_events=} and {min_item_events=}")
     return df
 
 # %% ../../nbs/data/interactions.ipynb #286c9a59
@@ -395,7 +495,7 @@ def plot_popularity(
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/data/interactions.ipynb #4f5ae60d
+# %% ../../nbs/data/interactions.ipynb #b4372e0f
 class Cleaned(NamedTuple):
     "A log without some of its users."
     kept: pl.DataFrame # the log's rows without theirs
@@ -417,3 +517,11 @@ def without_bots(
     why = why.select(pl.col("subject"), pl.col("check").alias("reason"), "message")
     left = out.with_columns(subject=pl.col("user_id").cast(pl.String)).join(why, on="subject").drop("subject")
     return Cleaned(log.filter(~name.is_in(why["subject"].implode())), left.sort("events", "user_id", descending=[True, False]))
+
+def _without(df: pl.DataFrame, checks: tuple[str, ...], where: str) -> pl.DataFrame:
+    cleaned = without_bots(df, check_interactions(df), checks)
+    if cleaned.left_out.height:
+        first = ", ".join(map(str, cleaned.left_out["user_id"][:5]))
+        warnings.warn(f"{where}: {cleaned.left_out.height} users with {cleaned.left_out['events'].sum():,} events were left out "
+                      f"({', '.join(checks)}): {first}{', ...' * (cleaned.left_out.height > 5)}", DataWarning, stacklevel=3)
+    return cleaned.kept

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recommender', 'RecommenderBundle', 'load']
 
-# %% ../../nbs/recsys/base.ipynb #bb88d313
+# %% ../../nbs/recsys/base.ipynb #f1c455f4
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,14 +14,17 @@ from typing import Any, Self
 
 import numpy as np
 import polars as pl
+from polars.io.plugins import register_io_source
 from threadpoolctl import threadpool_limits
 
 from ..core.bundle import new_bundle, verify_bundle
 from ..core.errors import BundleError, InteractionsError, ParameterError
-from .matrix import Interactions, as_ids, from_events, rows_of, to_matrix, top_k
-from .scorers import Scorer, make_scorer
+from ..core.files import atomic_file
+from ..core.progress import track
+from .matrix import Interactions, as_ids, best_products, from_events, rows_of, to_matrix, top_k
+from .scorers import Scorer, make_scorer, unit_rows
 
-# %% ../../nbs/recsys/base.ipynb #c3f1c9b6
+# %% ../../nbs/recsys/base.ipynb #01e362e8
 def _join(parts: list[Interactions]) -> Interactions:
     "Histories one below the other."
     offsets = np.cumsum([0, *(len(p.indices) for p in parts)])
@@ -33,6 +36,23 @@ def _events(h: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "User row, item row and weight of every event."
     return np.repeat(np.arange(len(h)), np.diff(h.indptr)), h.indices.astype(np.int64), h.data
 
+def _runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    "start[0], start[0] + 1, ... for as many as length[0] says, then the same for the others."
+    end = np.cumsum(length)
+    return np.arange(end[-1] if len(end) else 0) + np.repeat(start - (end - length), length)
+
+def _pairs(named: Any, users: pl.Series, items: pl.Series, what: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Places in `users` and item rows of per-user lists, sorted, and which users have a list at all."
+    asked = as_ids(list(named), users.dtype) if isinstance(named, Mapping) else None
+    if isinstance(named, Mapping):
+        named = pl.DataFrame({"user_id": as_ids([u for u, ids in named.items() for _ in ids], users.dtype),
+                              "item_id": as_ids([i for ids in named.values() for i in ids], items.dtype)})
+    if missing := [c for c in ("user_id", "item_id") if c not in named.columns]: raise ParameterError(f"{what}: no column {missing[0]!r}")
+    who, what_rows = rows_of(named["user_id"], users), rows_of(named["item_id"], items)
+    there = (who >= 0) & (what_rows >= 0)
+    order = np.argsort(who[there], kind="stable")
+    return who[there][order], what_rows[there][order], np.isin(np.arange(len(users)), who if asked is None else rows_of(asked, users))
+
 def _items_table(items: Any) -> pl.DataFrame | None:
     if items is None: return None
     items = items.collect() if isinstance(items, pl.LazyFrame) else items
@@ -43,7 +63,7 @@ def _items_table(items: Any) -> pl.DataFrame | None:
         raise InteractionsError(f"items: item_id {twice!r} stands in more than one row; keep one")
     return items
 
-# %% ../../nbs/recsys/base.ipynb #40a5b58d
+# %% ../../nbs/recsys/base.ipynb #a5629964
 class Recommender:
     "Base of all recommenders: a model gives `_fit`, which returns its scorer."
     scorer: Scorer
@@ -53,6 +73,7 @@ class Recommender:
     folded: Interactions | None = None # users folded in after training
     folded_vectors: np.ndarray | None = None
     _table: pl.DataFrame # the catalog, a row an item
+    ordered: bool = False # whether the order of a user's events counts: then histories keep it, and training wants timestamps
     ignored: int = 0 # events left out by `fold_in` because the model does not know their items
 
     def params(self) -> dict[str, Any]:
@@ -71,7 +92,9 @@ class Recommender:
     ) -> Self:
         "Train on an interaction log."
         items = _items_table(items)
-        self.history = to_matrix(interactions, extra_items=None if items is None else items["item_id"])
+        if self.ordered and "timestamp" not in interactions.columns:
+            raise InteractionsError(f"{type(self).__name__} learns what comes after what: the log needs a column 'timestamp'")
+        self.history = to_matrix(interactions, extra_items=None if items is None else items["item_id"], ordered=self.ordered)
         if not self.history.data.any():
             raise InteractionsError("every weight in the log is 0: nothing to learn" if len(self.history.data) else "the log is empty")
         ids = pl.DataFrame({"item_id": self.history.items})
@@ -91,7 +114,7 @@ class Recommender:
     ) -> Self: # itself; users folded in before are forgotten unless their events are among these
         "Take in new events, new users and new items, at less than the price of training again where the model can."
         old, table = self._fitted().history, _items_table(items)
-        events = to_matrix(interactions, extra_items=None if table is None else table["item_id"])
+        events = to_matrix(interactions, extra_items=None if table is None else table["item_id"], ordered=self.ordered)
         fresh = [as_ids(new, known.dtype).filter(rows_of(new, known) < 0)
                  for new, known in ((events.users, old.users), (events.items, old.items))]
         if any(ids.null_count() for ids in fresh): raise InteractionsError("partial_fit: ids are of another type than those of the log")
@@ -99,7 +122,7 @@ class Recommender:
         u, i, w = (np.concatenate(pair) for pair in zip(_events(old), _events(events), strict=True))
         new_u, new_i = rows_of(events.users, users), rows_of(events.items, ids)
         u[len(old.indices):], i[len(old.indices):] = new_u[u[len(old.indices):]], new_i[i[len(old.indices):]]
-        self.history = from_events(users, ids, u, i, w)
+        self.history = from_events(users, ids, u, i, w, self.ordered)
         known = self._table if table is None else pl.concat(
             [table.with_columns(as_ids(table["item_id"], ids.dtype)), self._table], how="diagonal_relaxed").unique(
                 "item_id", keep="first", maintain_order=True)
@@ -133,16 +156,16 @@ class Recommender:
         return row
 
     def fold_in(self,
-        interactions: pl.DataFrame, # user_id, item_id[, weight] of new users, or further events of known ones
+        interactions: pl.DataFrame, # user_id, item_id[, weight][, timestamp] of new users, or further (later) events of known ones
     ) -> Self: # a light copy that knows these users too; `ignored` counts events with unknown items
         "Take in users' new events without training again; the item side stays as it is."
-        events = to_matrix(interactions, items=self._fitted().items)
+        events = to_matrix(interactions, items=self._fitted().items, ordered=self.ordered)
         rows = self._user_rows(events.users)
         known = np.flatnonzero(rows >= 0)
         u, i, w = _events(self._histories(rows[known]))
         new_u, new_i, new_w = _events(events)
         merged = from_events(events.users, self.items, np.concatenate([known[u], new_u]), np.concatenate([i, new_i]),
-                             np.concatenate([w, new_w]))
+                             np.concatenate([w, new_w]), self.ordered)
         if self.folded is not None:
             others = self.folded.take(np.flatnonzero(rows_of(self.folded.users, merged.users) < 0))
             merged = _join([replace(others, users=others.users.cast(pl.String)), replace(merged, users=merged.users.cast(pl.String))])
@@ -183,7 +206,7 @@ class Recommender:
         out = np.tile(self.popularity(), (len(rows), 1))
         known = np.flatnonzero(rows >= 0)
         history = self._histories(rows[known])
-        full = np.diff(history.indptr) > 0
+        full = (np.diff(history.indptr) > 0) | getattr(self.scorer, "without_history", False)
         scores = self.scorer.score(history, self._vectors_of(rows[known]))
         out[known[full]] = np.where(self.scorer.rankable, scores[full], -np.inf)
         return out
@@ -193,6 +216,45 @@ class Recommender:
     ) -> np.ndarray: # float32 (n_users, n_items), columns as in `items`; popularity for strangers, -inf where the model is silent
         "Scores of every item for some users."
         return self._scores(self._fitted()._user_rows(users))
+
+    def score_pairs(self,
+        pairs: pl.DataFrame, # user_id, item_id; any other columns are kept
+    ) -> pl.DataFrame: # the same with `score`: null for unknown items, popularity for strangers, -inf where the model is silent
+        "Scores of single pairs of user and item."
+        users = as_ids(pairs["user_id"]).unique(maintain_order=True)
+        who, items = rows_of(pairs["user_id"], users), rows_of(pairs["item_id"], self._fitted().items)
+        rows, out = self._user_rows(users), np.empty(len(who), np.float32)
+        own, quick = self._item_vectors(), self._lengths(rows)[who] > 0
+        if own is None or self.vectors is None: own, quick = np.zeros((1, 1)), np.zeros(len(who), bool)
+        for at in _blocks(np.flatnonzero(quick), own.shape[1]):
+            products = np.einsum("nd,nd->n", self._vectors_of(rows[who[at]]), own[items[at]]) # type: ignore[arg-type]
+            out[at] = np.where(self.scorer.rankable[items[at]], products, -np.inf)
+        for at in _blocks(np.unique(who[~quick]), len(self.items)):
+            mine = np.flatnonzero(np.isin(who, at) & ~quick)
+            out[mine] = self._scores(rows[at])[np.searchsorted(at, who[mine]), items[mine]]
+        return pairs.with_columns(score=pl.when(pl.Series(items >= 0)).then(pl.Series(out)))
+
+    def _item_vectors(self) -> np.ndarray | None:
+        "Item vectors whose product with a user's vector is the score, if the model is of that kind."
+        return getattr(self.scorer, "item_vectors", None)
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray:
+        "Events of user rows, 0 for strangers."
+        n, out = len(self.history), np.zeros(len(rows), np.int64)
+        old, new = (rows >= 0) & (rows < n), rows >= n
+        out[old] = np.diff(self.history.indptr)[rows[old]]
+        if self.folded is not None: out[new] = np.diff(self.folded.indptr)[rows[new] - n]
+        return out
+
+    def _seen(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Place in `rows` and item row of every event of user rows."
+        n, who, what = len(self.history), [], []
+        for own, at, first in ((self.history, np.flatnonzero((rows >= 0) & (rows < n)), 0), (self.folded, np.flatnonzero(rows >= n), n)):
+            if own is None or not len(at): continue
+            length = np.diff(own.indptr)[rows[at] - first]
+            who.append(np.repeat(at, length))
+            what.append(own.indices[_runs(own.indptr[rows[at] - first], length)])
+        return np.concatenate([np.empty(0, np.int64), *who]), np.concatenate([np.empty(0, np.int64), *what])
 
     def _mask(self, allow: Any, block: Any) -> np.ndarray:
         "Which items may be recommended."
@@ -211,39 +273,70 @@ class Recommender:
         users: Any, # ids
         k: int = 10, # length
         exclude_seen: bool = True, # leave out what the user already has
-        allow: Any = None, # item ids: only these
-        block: Any = None, # item ids: not these
+        allow: Any = None, # as in `recommend`
+        block: Any = None, # as in `recommend`
     ) -> tuple[np.ndarray, np.ndarray]: # item rows (-1 for an empty place) and their scores, both (n_users, k)
         "The k best items of each user, as rows."
         if k < 1: raise ParameterError(f"k={k}: at least 1 is meant")
-        rows, allowed = self._fitted()._user_rows(users), self._mask(allow, block)
+        users, everyone = as_ids(users), {"allow": None, "block": None}
+        rows, nobody = self._fitted()._user_rows(users), (np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(len(users), bool))
+        own = {"allow": nobody, "block": nobody}
+        for name, named in (("allow", allow), ("block", block)):
+            if isinstance(named, Mapping | pl.DataFrame): own[name] = _pairs(named, users, self.items, name)
+            else: everyone[name] = named
+        allowed = self._mask(**everyone)
         width = min(k, len(allowed))
         out, values = np.full((len(rows), width), -1, np.int64), np.full((len(rows), width), -np.inf, np.float32)
-        for at in _blocks(np.arange(len(rows)), len(allowed)):
+        product = (self._lengths(rows) > 0) & ~own["allow"][2] & (self._item_vectors() is not None and self.vectors is not None)
+        def skip(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            who, what = self._seen(rows[at]) if exclude_seen else nobody[:2]
+            if not len(own["block"][0]): return who, what
+            first, last = np.searchsorted(own["block"][0], at), np.searchsorted(own["block"][0], at, "right")
+            return (np.concatenate([who, np.repeat(np.arange(len(at)), last - first)]),
+                    np.concatenate([what, own["block"][1][_runs(first, last - first)]]))
+        if product.any(): self._product_lists(rows, np.flatnonzero(product), allowed, skip, out, values)
+        for at in _blocks(np.flatnonzero(~product), len(allowed)):
             scores = self._scores(rows[at])
             scores[:, ~allowed] = -np.inf
-            if exclude_seen:
-                known = np.flatnonzero(rows[at] >= 0)
-                history = self._histories(rows[at][known])
-                scores[known[np.repeat(np.arange(len(known)), np.diff(history.indptr))], history.indices] = -np.inf
+            scores[skip(at)] = -np.inf
+            for place in np.flatnonzero(own["allow"][2][at]).tolist():
+                mine = own["allow"][1][own["allow"][0] == at[place]]
+                scores[place, ~np.isin(np.arange(len(allowed)), mine)] = -np.inf
             out[at] = top_k(scores, width)
             values[at] = np.where(out[at] >= 0, np.take_along_axis(scores, out[at], 1), -np.inf)
         return out, values
 
+    def _product_lists(self,
+        rows: np.ndarray, at: np.ndarray, allowed: np.ndarray, skip: Any, out: np.ndarray, values: np.ndarray,
+    ) -> None:
+        "Fill in the lists of the users `at` of a factor model; items that cannot be recommended are left out of the product."
+        columns, place = np.flatnonzero(allowed & self.scorer.rankable), np.full(len(allowed), -1)
+        place[columns] = np.arange(len(columns))
+        def left_out(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+            who, what = skip(at[start:stop])
+            there = place[what] >= 0
+            return who[there], place[what][there]
+        factors = self._item_vectors()
+        factors = factors if len(columns) == len(allowed) else factors[columns] # type: ignore[index]
+        best, products = best_products(self._vectors_of(rows[at]), factors, out.shape[1], left_out) # type: ignore[arg-type]
+        out[at, :best.shape[1]], values[at, :best.shape[1]] = np.where(best >= 0, columns[best], -1) if len(columns) else -1, products
+
     def sources(self, users: Any) -> list[str]:
-        "known, folded_in or popular, for each user."
+        "known, folded_in or popular, for each user; a model of segments says segment, or popular where it knows none."
         rows, n = self._fitted()._user_rows(users), len(self.history)
-        known = np.flatnonzero(rows >= 0)
-        empty = np.zeros(len(rows), bool)
-        empty[known] = np.diff(self._histories(rows[known]).indptr) == 0
-        return ["popular" if r < 0 or e else "known" if r < n else "folded_in" for r, e in zip(rows, empty, strict=True)]
+        empty = self._lengths(rows) == 0
+        told = np.where(empty, "popular", np.where(rows < n, "known", "folded_in"))
+        if getattr(self.scorer, "without_history", False):
+            known = np.flatnonzero(rows >= 0)
+            told[known] = np.where(self._vectors_of(rows[known])[:, 0] > 0, "segment", "popular") # type: ignore[index]
+        return told.tolist()
 
     def recommend(self,
         users: Any, # ids; None for all training users
         k: int = 10, # how many; fewer only where fewer items are allowed
         exclude_seen: bool = True, # leave out what the user already has
-        allow: Any = None, # item ids: only these
-        block: Any = None, # item ids: not these
+        allow: Any = None, # only these item ids; or user_id, item_id (a frame or a dict of lists): for each user named there only theirs
+        block: Any = None, # not these item ids; or user_id, item_id (a frame or a dict of lists): for each user named there not theirs
         explain: bool = False, # add a column `reason`
     ) -> pl.DataFrame: # user_id, rank (1 is best), item_id, score, source[, title][, reason]
         "The k best items of each user."
@@ -256,9 +349,23 @@ class Recommender:
         if self.titles is not None: out = out.with_columns(self.titles[rows].alias("title"))
         return out.with_columns(pl.Series("reason", self._reasons(asked, lists), dtype=pl.String)) if explain else out
 
-    def recommend_all(self, k: int = 10, **kwargs: Any) -> pl.DataFrame:
+    def recommend_all(self,
+        k: int = 10, # how many
+        out: str | Path | None = None, # .parquet file: written some users at a time, so that memory stays small
+        **kwargs: Any, # as in `recommend`
+    ) -> pl.DataFrame: # as from `recommend`; with `out` a row for each source: source, users, rows
         "`recommend` for every training user."
-        return self.recommend(None, k, **kwargs)
+        if out is None: return self.recommend(None, k, **kwargs)
+        users, step = self._fitted().history.users, max(1, 1_000_000 // k)
+        starts, counts = range(0, len(users), step), []
+        def tables(*_: Any) -> Iterator[pl.DataFrame]:
+            for start in track(starts, "recommending"):
+                table = self.recommend(users[start:start + step], k, **kwargs)
+                counts.append(table.group_by("source").agg(users=pl.col("user_id").n_unique(), rows=pl.len()))
+                yield table
+        schema = self.recommend(users[:1], k, **kwargs).schema
+        with atomic_file(out) as aside: register_io_source(tables, schema=schema).sink_parquet(aside)
+        return pl.concat(counts).group_by("source").agg(pl.col("users", "rows").sum()).sort("source")
 
     def _name(self, row: int) -> str:
         title = None if self.titles is None else self.titles[int(row)]
@@ -272,7 +379,8 @@ class Recommender:
             parts = self.scorer.contributions(history, data, items) if len(history) else None
             for c in range(len(items)):
                 best = [] if parts is None else [h for h in np.argsort(-parts[:, c], kind="stable")[:2] if parts[h, c] > 0]
-                reasons.append("because of " + " and ".join(self._name(history[h]) for h in best) if best else "popular with everybody")
+                other = "fits what came before" if parts is None and len(history) and self.ordered else "popular with everybody"
+                reasons.append("because of " + " and ".join(self._name(history[h]) for h in best) if best else other)
         return reasons
 
     def explain(self,
@@ -283,6 +391,8 @@ class Recommender:
         row, target = int(self._fitted()._user_rows([user])[0]), self._item_row(item)
         history, data = self._histories(np.array([row])).row(0) if row >= 0 else (np.empty(0, int), np.empty(0, np.float32))
         parts = self.scorer.contributions(history, data, np.array([target])) if len(history) else None
+        if parts is None and len(history) and self.ordered:
+            raise ParameterError(f"user {user!r}: a score of {self.scorer.kind} is not a sum over what the user has: nothing to take apart")
         if parts is None: raise ParameterError(f"user {user!r}: nothing to explain, the score is the item's popularity")
         out = pl.DataFrame({"item_id": self.items[history], "contribution": parts[:, 0]})
         if self.titles is not None: out = out.with_columns(self.titles[history].alias("title"))
@@ -306,6 +416,35 @@ class Recommender:
         best = best[best >= 0]
         out = pl.DataFrame({"item_id": self.items[best], "rank": np.arange(len(best)) + 1, "score": scores[0, best]})
         return out if self.titles is None else out.with_columns(self.titles[best].alias("title"))
+
+    def similar_users(self,
+        user: Any, # id
+        k: int = 10, # how many at most; only users who are at all alike
+    ) -> pl.DataFrame: # user_id, rank, score: cosine of the users' vectors, or of their histories where the model has no vectors
+        "The users most like one user, who is left out."
+        row = int(self._fitted()._user_rows([user])[0])
+        if row < 0 or not self._lengths(np.array([row]))[0]: raise ParameterError(f"user {user!r}: nothing is known of them")
+        users, near = self.history.users, self._nearness(self.history, self.vectors, row)
+        if self.folded is not None:
+            fresh = self._nearness(self.folded, self.folded_vectors, row)
+            stale = rows_of(self.folded.users, users)
+            near[stale[stale >= 0]] = -np.inf
+            users, near = pl.concat([users.cast(self.folded.users.dtype), self.folded.users]), np.concatenate([near, fresh])
+        near = np.where(near > 0, near, -np.inf)[None].astype(np.float32)
+        near[0, row] = -np.inf
+        best = top_k(near, k)[0]
+        best = best[best >= 0]
+        return pl.DataFrame({"user_id": users[best], "rank": np.arange(len(best)) + 1, "score": near[0, best]})
+
+    def _nearness(self, events: Interactions, vectors: np.ndarray | None, row: int) -> np.ndarray:
+        "Cosine of a user row to each row of `events`."
+        if vectors is not None and not getattr(self.scorer, "without_history", False):
+            return unit_rows(vectors) @ unit_rows(self._vectors_of(np.array([row])))[0] # type: ignore[arg-type]
+        mine, weights = np.zeros(len(self.items)), self._histories(np.array([row])).row(0)
+        mine[weights[0]] = weights[1]
+        owner = np.repeat(np.arange(len(events)), np.diff(events.indptr))
+        length = np.sqrt(np.bincount(owner, events.data.astype(np.float64) ** 2, len(events)))
+        return np.bincount(owner, events.data * mine[events.indices], len(events)) / np.maximum(length * np.linalg.norm(mine), 1e-12)
 
     def to_bundle(self,
         path: str | Path, # folder
@@ -336,7 +475,7 @@ def _blocks(rows: np.ndarray, width: int) -> Iterator[np.ndarray]:
     size = max(1, 16_000_000 // max(width, 1))
     for start in range(0, len(rows), size): yield rows[start:start + size]
 
-# %% ../../nbs/recsys/base.ipynb #93ee5851
+# %% ../../nbs/recsys/base.ipynb #f6785c05
 class RecommenderBundle(Recommender):
     "A trained recommender read from a bundle; it cannot be trained."
     manifest: dict[str, Any]
@@ -363,6 +502,7 @@ class RecommenderBundle(Recommender):
             new.history = Interactions(users["user_id"], items["item_id"], *(arrays[f"history.{n}"] for n in ("indptr", "indices", "data")))
             own = {k.removeprefix("scorer."): v for k, v in arrays.items() if k.startswith("scorer.")}
             new.scorer = make_scorer(about.pop("kind"), own, about)
+            new.ordered = getattr(new.scorer, "ordered", False)
         except (KeyError, TypeError, AttributeError) as e: raise BundleError(f"{path}: not a recommender's bundle ({e!r})") from e
         new.manifest, new.vectors, new._popularity = manifest, arrays.get("vectors"), items["popularity"].to_numpy()
         new.titles = items["title"] if "title" in items.columns else None

@@ -18,41 +18,50 @@ from .base import Recommender
 from .linear_scorers import BlendScorer
 from .matrix import Interactions
 
-# %% ../../nbs/recsys/blend.ipynb #44757c5d
+# %% ../../nbs/recsys/blend.ipynb #0ee868a4
 class Blend(Recommender):
     "A weighted sum of recommenders."
     def __init__(self,
         models: Sequence[Recommender], # not trained
         weights: Sequence[float] | None = None, # one for each; None: the same for all
+        activity: Sequence[float] | None = None, # exponent for each: -1 halves its weight for twice the median of items; None: 0
     ):
         if not models: raise ParameterError("Blend: at least one model is meant")
-        self.models, self.weights = list(models), [1.0] * len(models) if weights is None else [float(w) for w in weights]
-        if len(self.weights) != len(models): raise ParameterError(f"Blend: {len(self.weights)} weights for {len(models)} models")
+        self.models, self.ordered = list(models), any(m.ordered for m in models)
+        self.weights = [float(w) for w in ([1] * len(models) if weights is None else weights)]
+        self.activity = [float(e) for e in ([0] * len(models) if activity is None else activity)]
+        if {len(self.weights), len(self.activity)} != {len(models)}:
+            raise ParameterError(f"Blend: {len(self.weights)} weights and {len(self.activity)} exponents for {len(models)} models")
 
     def params(self) -> dict[str, Any]:
-        return {"models": [{"model": type(m).__name__, **m.params()} for m in self.models], "weights": self.weights}
+        models = [{"model": type(m).__name__, **m.params()} for m in self.models]
+        return {"models": models, "weights": self.weights, "activity": self.activity}
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> BlendScorer:
         scorers = []
         for model in self.models:
             model.history = matrix
             scorers.append(model._fit(matrix, items))
-        return BlendScorer(scorers, self.weights)
+        length = np.diff(matrix.indptr)
+        return BlendScorer(scorers, self.weights, self.activity, float(np.median(length[length > 0])))
 
-# %% ../../nbs/recsys/blend.ipynb #348c5223
+# %% ../../nbs/recsys/blend.ipynb #17f28eb8
 def best_weights(
     model: Blend, # trained on a part of the log
     valid: pl.DataFrame, # user_id, item_id of the rest
     metric: str = "ndcg@10", # what to choose by
-    values: Sequence[float] = (0.0, 0.25, 0.5, 1.0), # to try for each part after the first, whose weight stays 1
-) -> tuple[list[float], pl.DataFrame]: # the best weights; a row a trial
-    "Choose a blend's weights without training anything again."
+    values: Sequence[float] = (0.0, 0.35, 0.7, 1.4), # weights to try for each part after the first, whose weight stays 1
+    activity: Sequence[float] = (0.0, -0.5, -1.0), # exponents to try for each part after the first, whose exponent stays 0
+) -> tuple[list[float], list[float], pl.DataFrame]: # the best weights; the best exponents; a row a trial
+    "Choose a blend's weights, by user activity, without training anything again."
     from visrec_nb.recsys.evaluation import user_metrics
     scorer, k = model.scorer, int(metric.partition("@")[2])
     if not isinstance(scorer, BlendScorer): raise ParameterError("best_weights: a trained Blend is meant")
-    kept, found = scorer.weights, []
-    tried = [[1.0, *map(float, rest)] for rest in itertools.product(values, repeat=len(kept) - 1)]
+    kept, found = (scorer.weights, scorer.activity), []
+    tried = [([1.0, *(float(w) for w, _ in rest)], [0.0, *(float(e) for _, e in rest)]) for rest in
+             itertools.product([(w, e) for w in values for e in activity if w or e == activity[0]], repeat=len(scorer.parts) - 1)]
     try:
-        for scorer.weights in tried: found.append(float(user_metrics(model, valid, k)[1][metric].mean()))
-    finally: scorer.weights = kept
-    return tried[int(np.argmax(found))], pl.DataFrame({"weights": tried, metric: found})
+        for scorer.weights, scorer.activity in tried: found.append(float(user_metrics(model, valid, k)[1][metric].mean()))
+    finally: scorer.weights, scorer.activity = kept
+    weights, exponents = tried[int(np.argmax(found))]
+    return weights, exponents, pl.DataFrame({"weights": [t[0] for t in tried], "activity": [t[1] for t in tried], metric: found})

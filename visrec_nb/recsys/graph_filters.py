@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GFCF', 'PolynomialFilter']
 
-# %% ../../nbs/recsys/graph_filters.ipynb #e6bcc5fe
+# %% ../../nbs/recsys/graph_filters.ipynb #e87851a5
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,11 +13,11 @@ import polars as pl
 
 from ..core.errors import ParameterError
 from .base import Recommender
-from .linear import _all_cores, degrees, graph_scorer, leading_directions, local_part, normalised
+from .linear import all_cores, degrees, graph_scorer, leading_directions, local_part, normalised
 from .linear_scorers import GraphScorer
 from .matrix import Interactions
 
-# %% ../../nbs/recsys/graph_filters.ipynb #3ed73894
+# %% ../../nbs/recsys/graph_filters.ipynb #058d9992
 class GFCF(Recommender):
     "A linear filter plus an ideal low-pass filter on the graph of items."
     def __init__(self,
@@ -27,26 +27,27 @@ class GFCF(Recommender):
         item_exponent: float = 0.5, # b, tones down popular items
         history_exponent: float = 0.0, # further, of items in a history
         popularity_exponent: float = 0.0, # further, tilts the scores towards popular items
+        weighted: bool = True, # False: events' weights count in histories alone, not in the graph
         neighbours: int | None = None, # strongest kept for each item; None keeps all
         seed: int = 0, # of the search for eigenvectors
     ):
         if rank < 0: raise ParameterError(f"rank={rank}: 0 or more is meant")
         self.rank, self.gain, self.user_exponent, self.item_exponent = rank, gain, user_exponent, item_exponent
-        self.history_exponent, self.popularity_exponent = history_exponent, popularity_exponent
+        self.history_exponent, self.popularity_exponent, self.weighted = history_exponent, popularity_exponent, weighted
         self.neighbours, self.seed = neighbours, seed
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> GraphScorer:
-        x, (_, count) = normalised(matrix, self.user_exponent, self.item_exponent), degrees(matrix)
+        x, (_, count) = normalised(matrix, self.user_exponent, self.item_exponent, self.weighted), degrees(matrix)
         local, basis = local_part(x, self.neighbours), np.zeros((len(count), 0), np.float32)
         if self.rank:
-            with _all_cores(): basis = leading_directions(x, self.rank, self.seed)[1]
+            with all_cores(): basis = leading_directions(x, self.rank, self.seed)[1]
         rows = np.repeat(np.arange(len(count)), np.diff(local.indptr))
         local.data = (local.data * np.sqrt(count[rows] / count[local.indices])).astype(np.float32)
         evidence = count ** (-0.5 - self.history_exponent)
         answer = np.where(matrix.item_counts() > 0, count ** (0.5 + self.popularity_exponent), 0)
         return graph_scorer(local, basis, np.full(basis.shape[1], self.gain), evidence, answer)
 
-# %% ../../nbs/recsys/graph_filters.ipynb #2bad026d
+# %% ../../nbs/recsys/graph_filters.ipynb #42f4cdd2
 class PolynomialFilter(Recommender):
     "A polynomial low-pass filter on the graph of items."
     def __init__(self,
@@ -56,18 +57,20 @@ class PolynomialFilter(Recommender):
         item_exponent: float = 0.5, # b, tones down popular items
         history_exponent: float = 0.0, # further, of items in a history
         popularity_exponent: float = 0.0, # further, tilts the scores towards popular items
+        weighted: bool = True, # False: events' weights count in histories alone, not in the graph
         neighbours: int | None = None, # strongest kept for each item; None keeps all
     ):
         self.coefficients = tuple(float(c) for c in coefficients)
         if not self.coefficients or power <= 0: raise ParameterError("PolynomialFilter: coefficients and a power above 0 are meant")
         self.power, self.user_exponent, self.item_exponent = power, user_exponent, item_exponent
-        self.history_exponent, self.popularity_exponent, self.neighbours = history_exponent, popularity_exponent, neighbours
+        self.history_exponent, self.popularity_exponent = history_exponent, popularity_exponent
+        self.weighted, self.neighbours = weighted, neighbours
 
     def params(self): return {**super().params(), "coefficients": list(self.coefficients)}
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> GraphScorer:
         from scipy.sparse import diags
-        x, (_, count) = normalised(matrix, self.user_exponent, self.item_exponent), degrees(matrix)
+        x, (_, count) = normalised(matrix, self.user_exponent, self.item_exponent, self.weighted), degrees(matrix)
         local = local_part(x, self.neighbours)
         own = np.asarray(x.multiply(x).sum(0)).ravel()
         graph = local + diags(own.astype(np.float32))

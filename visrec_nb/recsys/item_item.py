@@ -15,7 +15,7 @@ from .base import Recommender
 from .matrix import Interactions
 from .scorers import NeighbourScorer
 
-# %% ../../nbs/recsys/item_item.ipynb #f6cd14ea
+# %% ../../nbs/recsys/item_item.ipynb #7fc295cb
 class ItemItem(Recommender):
     "Item-item nearest neighbours, computed by `implicit`."
     def __init__(self,
@@ -29,9 +29,12 @@ class ItemItem(Recommender):
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> NeighbourScorer:
         module = require("implicit.nearest_neighbours", "recsys")
-        model = {"cosine": module.CosineRecommender, "tfidf": module.TFIDFRecommender, "bm25": module.BM25Recommender}[self.weighting]
-        knn = model(K=self.neighbours + 1, num_threads=self.threads)
-        with threadpool_limits(1, "blas"): knn.fit(matrix.to_scipy().astype(np.float64), show_progress=False)
+        events = matrix.to_scipy().astype(np.float64).T
+        if self.weighting == "tfidf": events = module.tfidf_weight(events).tocsr()
+        events.eliminate_zeros()
+        weighted = module.bm25_weight(events, 1.2, 0.75) if self.weighting == "bm25" else module.normalize(events)
+        knn = module.ItemItemRecommender(K=self.neighbours + 1, num_threads=self.threads)
+        with threadpool_limits(1, "blas"): knn.fit(weighted.T.tocsr(), show_progress=False)
         similarity = knn.similarity.tocsr()
         similarity.setdiag(0)
         similarity.eliminate_zeros()

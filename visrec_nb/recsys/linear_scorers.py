@@ -85,50 +85,59 @@ class GraphScorer:
     def arrays(self): return {k: getattr(self, k) for k in ("indptr", "indices", "data", "basis", "gains", "evidence", "answer")}
     def facts(self): return {}
 
-# %% ../../nbs/recsys/linear_scorers.ipynb #8c2c9ba1
+# %% ../../nbs/recsys/linear_scorers.ipynb #c767c8c4
 class BlendScorer:
     "A weighted sum of scorers, each brought to the same spread for each user."
     kind = "blend"
     def __init__(self,
         parts: Sequence[Any], # scorers, or their facts with `kind` when read from a bundle
         weights: Sequence[float], # one for each part
+        activity: Sequence[float] = (), # exponent e of each part; none: 0 for all
+        typical: float = 1.0, # items of a user whose weights are `weights`
         **arrays: np.ndarray, # those of part n are called n.NAME
     ):
         own = [{k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(n)} for n in range(len(parts))]
         self.parts: list[Scorer] = [make_scorer(p["kind"], a, {k: v for k, v in p.items() if k != "kind"}) if isinstance(p, dict) else p
                                     for p, a in zip(parts, own, strict=True)]
-        self.weights = [float(w) for w in weights]
+        self.weights, self.activity = [float(w) for w in weights], [float(e) for e in activity] or [0.0] * len(parts)
+        self.typical = float(typical)
         self.rankable = np.logical_or.reduce([p.rankable for p in self.parts])
-
-    def _scales(self, scores):
-        return [np.maximum(s[:, p.rankable].std(1), 1e-12) for s, p in zip(scores, self.parts, strict=True)]
+        self.ordered = any(getattr(p, "ordered", False) for p in self.parts)
+        nobody = from_events(pl.Series([], dtype=pl.Int64), pl.Series(np.arange(len(self.rankable))), *(np.empty(0, int),) * 3)
+        self.widths = [0 if (v := p.encode(nobody)) is None else v.shape[1] for p in self.parts]
 
     def encode(self, history):
-        own = [p.encode(history) for p in self.parts]
-        return None if all(v is None for v in own) else np.hstack([v for v in own if v is not None])
+        own = [v for p in self.parts if (v := p.encode(history)) is not None]
+        return np.hstack(own) if own else None
 
-    def _parts(self, history, vectors):
-        at, out = 0, []
-        for p in self.parts:
-            one = None if vectors is None else p.encode(history.take(np.empty(0, np.int64)))
-            own = None if one is None or vectors is None else vectors[:, at:at + one.shape[1]]
-            at += 0 if one is None else one.shape[1]
-            out.append(np.where(p.rankable, p.score(history, own), 0).astype(np.float32))
-        return out
+    def part_scores(self, history, vectors):
+        "The parts' own scores, 0 for items that a part does not know."
+        own = [None] * len(self.parts) if vectors is None else np.split(vectors, np.cumsum(self.widths)[:-1], axis=1)
+        return [np.where(p.rankable, p.score(history, v if width else None), 0).astype(np.float32)
+                for p, v, width in zip(self.parts, own, self.widths, strict=True)]
 
-    def score(self, history, vectors):
-        scores = self._parts(history, vectors)
-        return np.asarray(sum(s * (w / d).astype(np.float32)[:, None] for s, w, d in
-                              zip(scores, self.weights, self._scales(scores), strict=True)), np.float32)
+    def shares(self, history, scores):
+        "What each part's scores are multiplied by, a number a user."
+        size = np.maximum(np.diff(history.indptr), 1) / self.typical
+        return [w * size**e / np.maximum(s[:, p.rankable].std(1), 1e-12)
+                for s, p, w, e in zip(scores, self.parts, self.weights, self.activity, strict=True)]
+
+    def total(self, history, scores):
+        "The weighted sum of the parts' scores."
+        shares = self.shares(history, scores)
+        return np.asarray(sum(s * c.astype(np.float32)[:, None] for s, c in zip(scores, shares, strict=True)), np.float32)
+
+    def score(self, history, vectors): return self.total(history, self.part_scores(history, vectors))
 
     def contributions(self, rows, data, items):
         n = len(self.rankable)
-        one = from_events(pl.Series([0]), pl.Series(np.arange(n)), np.zeros(len(rows), np.int64), np.asarray(rows), np.asarray(data))
+        one = from_events(pl.Series([0]), pl.Series(np.arange(n)), np.zeros(len(rows), np.int64), np.asarray(rows), np.asarray(data),
+                          self.ordered)
         out = np.zeros((len(rows), len(items)))
-        for p, w, d in zip(self.parts, self.weights, self._scales(self._parts(one, None)), strict=True):
+        for p, share in zip(self.parts, self.shares(one, self.part_scores(one, None)), strict=True):
             own = p.contributions(rows, data, items)
             if own is None: return None
-            out += np.where(p.rankable[items], own, 0) * w / d[0]
+            out += np.where(p.rankable[items], own, 0) * share[0]
         return out
 
     def similar(self, item):
@@ -137,4 +146,6 @@ class BlendScorer:
         return np.asarray(sum(w * s / max(float(np.abs(s[rest]).max(initial=0)), 1e-12) for s, w in found), np.float32) if found else None
 
     def arrays(self): return {f"{n}.{k}": v for n, p in enumerate(self.parts) for k, v in p.arrays().items()}
-    def facts(self): return {"parts": [{"kind": p.kind, **p.facts()} for p in self.parts], "weights": self.weights}
+    def facts(self):
+        return {"parts": [{"kind": p.kind, **p.facts()} for p in self.parts], "weights": self.weights, "activity": self.activity,
+                "typical": self.typical}

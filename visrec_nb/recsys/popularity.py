@@ -5,26 +5,65 @@
 # %% auto #0
 __all__ = ['Popularity', 'Random']
 
-# %% ../../nbs/recsys/popularity.ipynb #9f5a0ba7
+# %% ../../nbs/recsys/popularity.ipynb #4e41c5f8
+from typing import Any, Self
+
 import numpy as np
 import polars as pl
 
 from ..core.errors import ParameterError
 from ..core.seeds import rng
+from ..data.interactions import with_recency
 from .base import Recommender
-from .matrix import Interactions
-from .scorers import ConstantScorer
+from .matrix import Interactions, as_ids, rows_of
+from .scorers import ConstantScorer, SegmentScorer
 
-# %% ../../nbs/recsys/popularity.ipynb #31885c84
+# %% ../../nbs/recsys/popularity.ipynb #d14a4475
 class Popularity(Recommender):
-    "The most used items, the same list for everybody."
+    "The most used items, the same list for everybody, or for everybody of a segment."
     def __init__(self,
         by: str | None = None, # a catalog column (text or list of texts): an item scores the mean popularity of its groups
+        half_life: float | None = None, # days in which an event's weight halves; wants `timestamp`
+        segments: pl.DataFrame | None = None, # user_id and one more column, the person's segment (null: not known)
+        back_off: float = 100.0, # events in the shares of all that each segment is filled up with
     ):
-        self.by = by
+        if by is not None and segments is not None: raise ParameterError("Popularity: by or segments, not both")
+        if segments is not None and (len(segments.columns) != 2 or "user_id" not in segments.columns):
+            raise ParameterError(f"segments: user_id and one more column are meant, not {segments.columns}")
+        if back_off < 0: raise ParameterError(f"back_off={back_off}: 0 or more is meant")
+        self.by, self.half_life, self.back_off, self._segments = by, half_life, back_off, segments
 
-    def _fit(self, matrix: Interactions, items: pl.DataFrame) -> ConstantScorer:
+    _telling: np.ndarray # segment, or 0 where it has no events
+
+    def fit(self, interactions: pl.DataFrame, items: Any = None) -> Self:
+        "Count an interaction log."
+        return super().fit(interactions if self.half_life is None else with_recency(interactions, self.half_life), items)
+
+    def _segment_of(self, users: pl.Series) -> np.ndarray: # int64, 0 where not known
+        table = self._segments
+        assert table is not None
+        column = next(c for c in table.columns if c != "user_id")
+        table = table.drop_nulls().unique("user_id", keep="last", maintain_order=True).with_columns(pl.col(column).cast(pl.String))
+        names = table[column].unique().sort()
+        rows = rows_of(users, as_ids(table["user_id"]))
+        return np.where(rows >= 0, np.append(rows_of(table[column], names) + 1, 0)[rows], 0)
+
+    def _by_segment(self, matrix: Interactions) -> SegmentScorer:
+        owner, n = self._segment_of(matrix.users)[np.repeat(np.arange(len(matrix)), np.diff(matrix.indptr))], len(matrix.items)
+        size = max(int(self._segment_of(as_ids(self._segments["user_id"])).max(initial=0)), int(owner.max(initial=0))) # type: ignore[index]
+        worth = np.ones(len(matrix.indices)) if self.half_life is None else matrix.data
+        counts = np.bincount(owner * n + matrix.indices, worth, (size + 1) * n).reshape(-1, n)
+        share, total = counts.sum(0) / counts.sum(), counts.sum(1, keepdims=True) + self.back_off
+        scores = np.where(total > 0, (counts + self.back_off * share) / np.maximum(total, 1e-12), share)
+        scores[0] = share
+        return SegmentScorer(scores)
+
+    def _fit(self, matrix: Interactions, items: pl.DataFrame) -> ConstantScorer | SegmentScorer:
+        if self._segments is not None: return self._by_segment(matrix)
         share = self.popularity()
+        if self.half_life is not None:
+            share = np.bincount(matrix.indices, matrix.data, len(share))
+            share = (share / share.sum()).astype(np.float32)
         if self.by is None: return ConstantScorer(share)
         if self.by not in items.columns: raise ParameterError(f"by={self.by!r}: the catalog has no such column; it has {items.columns}")
         table = pl.DataFrame({"row": np.arange(len(share)), "share": share, "group": items[self.by]})
@@ -34,6 +73,27 @@ class Popularity(Recommender):
         out = np.zeros(len(share), np.float32)
         out[scores["row"].to_numpy()] = scores["mean"].to_numpy()
         return ConstantScorer(out)
+
+    def _ready(self, table: pl.DataFrame, scorer: Any) -> Self:
+        if self._segments is not None: # people of a segment who have done nothing are known too
+            old, users = self.history, as_ids(self._segments["user_id"], self.history.users.dtype).drop_nulls().unique(maintain_order=True)
+            fresh = users.filter(rows_of(users, old.users) < 0)
+            indptr = np.concatenate([old.indptr, np.full(len(fresh), old.indptr[-1])])
+            self.history = Interactions(pl.concat([old.users, fresh]), old.items, indptr, old.indices, old.data)
+        super()._ready(table, scorer)
+        if self._segments is not None:
+            own = self._segment_of(self.history.users)
+            events = np.bincount(own, np.diff(self.history.indptr), len(scorer.scores))
+            self._telling = np.where(events > 0, np.arange(len(events)), 0)
+            self.vectors = self._telling[own][:, None].astype(np.float32)
+        return self
+
+    def fold_in(self, interactions: pl.DataFrame) -> Self:
+        "Take in new events; where somebody's segment is known it counts."
+        new = super().fold_in(interactions)
+        if self._segments is not None and new.folded is not None:
+            new.folded_vectors = self._telling[self._segment_of(new.folded.users)][:, None].astype(np.float32)
+        return new
 
 class Random(Recommender):
     "A random order of the items for each user: what no knowledge at all is worth. For comparisons; a bundle of it would hold popularity."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TREES', 'tree_arrays', 'tree_scores', 'Ties', 'TwoStageScorer', 'hide', 'TwoStage']
 
-# %% ../../nbs/recsys/rerank.ipynb #e9c161c8
+# %% ../../nbs/recsys/rerank.ipynb #d52ca5ba
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..core.errors import ParameterError, require
 from ..core.seeds import named_seed, rng
 from .base import Recommender
 from .linear_scorers import BlendScorer, GraphScorer
-from .matrix import Interactions, rows_of, top_k
+from .matrix import Interactions, from_events, rows_of, top_k
 
 # %% ../../nbs/recsys/rerank.ipynb #8b42cdae
 def tree_arrays(
@@ -50,7 +51,7 @@ def tree_scores(
         total += trees["value"][node]
     return (1 / (1 + np.exp(-total))).astype(np.float32)
 
-# %% ../../nbs/recsys/rerank.ipynb #adb56cf0
+# %% ../../nbs/recsys/rerank.ipynb #6dac50d2
 class Ties:
     "A sparse item-item table that is asked for single pairs."
     def __init__(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, count: np.ndarray):
@@ -70,7 +71,7 @@ class Ties:
     def facts(self,
         history: Interactions, # of users who have at least one item
         items: np.ndarray, # candidates, shape (n_users, c)
-    ) -> np.ndarray: # float32 (n_users, c, 13)
+    ) -> np.ndarray: # float32 (n_users, c, 16)
         "What the ties of users' items with candidates look like."
         length, start = np.diff(history.indptr), history.indptr[:-1]
         owner, rows = np.repeat(np.arange(len(length)), length), history.indices
@@ -84,11 +85,17 @@ class Ties:
         third = most(np.where(s < second[owner], s, 0))
         typical = add(tied * self.log_count[rows][:, None]) / np.maximum(number, 1)
         user = [np.log(length), add(log_row) / length, add(self.strength[rows].astype(np.float64)) / length]
+        weighted = s * history.data[:, None]
         parts = [add(s), add(s * s), first, second, third, number, most(s * far), most(s / far), typical, self.log_count[items],
-                 self.strength[items], *(np.broadcast_to(u[:, None], items.shape) for u in user)]
+                 self.strength[items], add(weighted), most(weighted), *(np.broadcast_to(u[:, None], items.shape) for u in user)]
         return np.stack(parts, -1).astype(np.float32)
 
-# %% ../../nbs/recsys/rerank.ipynb #7ac47d5d
+# %% ../../nbs/recsys/rerank.ipynb #40ffda9d
+def _largest_is_one(history: Interactions) -> Interactions:
+    "Each user's weights divided by the largest: with weights that halve every so many events, hiding the latest changes nothing else."
+    largest = np.repeat(np.maximum.reduceat(history.data, history.indptr[:-1]), np.diff(history.indptr))
+    return replace(history, data=history.data / np.maximum(largest, 1e-30))
+
 TREES = ("feature", "threshold", "left", "right", "value", "roots", "base", "steps")
 
 class TwoStageScorer:
@@ -101,18 +108,18 @@ class TwoStageScorer:
         count: np.ndarray, # users of each item, shape (n_items,)
         **arrays: np.ndarray, # of the trees, and those of the first stage as first.NAME
     ):
-        own = {k.removeprefix("first."): v for k, v in arrays.items() if k.startswith("first.")}
-        self.first = BlendScorer(first["parts"], first["weights"], **own) if isinstance(first, dict) else first
+        own: dict[str, Any] = {k.removeprefix("first."): v for k, v in arrays.items() if k.startswith("first.")}
+        self.first = BlendScorer(**first, **own) if isinstance(first, dict) else first
         self.table, self.candidates, self.count = int(table), int(candidates), np.asarray(count, np.float64)
         self.trees, self.rankable = {k: arrays[k] for k in TREES if k in arrays}, self.first.rankable
         part: Any = self.first.parts[self.table]
         self.ties = Ties(part.indptr, part.indices, part.data, self.count)
 
-    def look(self, history: Interactions, vectors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def look(self, history: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "First-stage scores, candidates (rows, -1 for none) and their features, for users with a history."
-        parts = self.first._parts(history, vectors)
-        total = np.asarray(sum(s * (w / d).astype(np.float32)[:, None] for s, w, d in
-                               zip(parts, self.first.weights, self.first._scales(parts), strict=True)), np.float32)
+        history = _largest_is_one(history)
+        parts = self.first.part_scores(history, None)
+        total = self.first.total(history, parts)
         open_ = np.where(self.rankable, total, -np.inf)
         open_[np.repeat(np.arange(len(history)), np.diff(history.indptr)), history.indices] = -np.inf
         best = top_k(open_.astype(np.float32), self.candidates)
@@ -122,26 +129,32 @@ class TwoStageScorer:
         x = np.concatenate([np.stack([*own, *relative], -1), self.ties.facts(history, at)], -1)
         return total, best, x
 
-    def encode(self, history): return self.first.encode(history)
+    def encode(self, history): return None
 
     def score(self, history, vectors):
         out, full = np.zeros((len(history), len(self.rankable)), np.float32), np.flatnonzero(np.diff(history.indptr))
         if not len(full): return out
-        total, best, x = self.look(history.take(full), None if vectors is None else vectors[full])
+        total, best, x = self.look(history.take(full))
         low, high = total.min(1, keepdims=True), total.max(1, keepdims=True)
-        total = (total - high) / np.maximum(high - low, 1e-12) - 1e-6
-        value = tree_scores(self.trees, x.reshape(-1, x.shape[-1])).reshape(best.shape)
+        total = (total - low) / np.maximum(high - low, 1e-12)
+        value = 1 + tree_scores(self.trees, x.reshape(-1, x.shape[-1])).reshape(best.shape)
         user, place = np.nonzero(best >= 0)
         total[user, best[user, place]] = value[user, place]
         out[full] = total
         return out
 
-    def contributions(self, rows, data, items): return self.first.contributions(rows, data, items)
+    def contributions(self, rows, data, items):
+        n = len(self.rankable)
+        one = from_events(pl.Series([0]), pl.Series(np.arange(n)), np.zeros(len(rows), np.int64), np.asarray(rows), np.asarray(data))
+        first, final = self.first.contributions(rows, data, items), self.score(one, None)[0, items]
+        if first is None: return None
+        total = first.sum(0)
+        return np.where(np.abs(total) > 1e-12, first * (final / np.where(total == 0, 1, total)), final / len(rows))
     def similar(self, item): return self.first.similar(item)
     def arrays(self): return {"count": self.count, **self.trees, **{f"first.{k}": v for k, v in self.first.arrays().items()}}
     def facts(self): return {"first": self.first.facts(), "table": self.table, "candidates": self.candidates}
 
-# %% ../../nbs/recsys/rerank.ipynb #616c97b0
+# %% ../../nbs/recsys/rerank.ipynb #cac7b469
 def hide(
     matrix: Interactions, # events
     share: float, # of each user's events, at most all but one
@@ -212,7 +225,7 @@ class TwoStage(Recommender):
         able = np.sort(rng(self.seed, "users to learn from").permutation(able)[:self.users])
         for start in range(0, len(able), 400):
             rows = able[start:start + 400]
-            _, best, x = scorer.look(rest.take(rows), None)
+            _, best, x = scorer.look(rest.take(rows))
             hit = gone.take(rows).to_scipy().astype(bool)
             y = np.asarray(hit[np.arange(len(rows))[:, None], np.maximum(best, 0)].todense()) & (best >= 0)
             yield x[best >= 0], y[best >= 0]
