@@ -2037,6 +2037,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'visrec_nb.reports.store': { 'visrec_nb.reports.store.RunLocked': ( 'reports/store.html#runlocked',
                                                                                 'visrec_nb/reports/store.py'),
                                          'visrec_nb.reports.store._remove': ('reports/store.html#_remove', 'visrec_nb/reports/store.py'),
+                                         'visrec_nb.reports.store._restored': ( 'reports/store.html#_restored',
+                                                                                'visrec_nb/reports/store.py'),
                                          'visrec_nb.reports.store.check_name': ( 'reports/store.html#check_name',
                                                                                  'visrec_nb/reports/store.py'),
                                          'visrec_nb.reports.store.join': ('reports/store.html#join', 'visrec_nb/reports/store.py'),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.figure import Figure
 
-# %% ../../nbs/reports/show.ipynb #06cf2018
+# %% ../../nbs/reports/show.ipynb #6a0692d0
 def figure(
     fig: "Figure", # from matplotlib
     caption: str, # one sentence: what it shows
@@ -35,9 +35,10 @@ def figure(
     plt.close(fig)
     data = base64.b64encode(out.getvalue()).decode()
     text = html.escape(caption)
-    return HTML(f'<figure class="chart"><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>')
+    image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+    return HTML(f'<figure class="chart" tabindex="0">{image}<figcaption>{text}</figcaption></figure>')
 
-# %% ../../nbs/reports/show.ipynb #e0489c55
+# %% ../../nbs/reports/show.ipynb #f40ac182
 def thumbnail(
     pixels: "np.ndarray", # uint8 (H, W, 3)
     side: int = 192, # of the longer side, at most
@@ -123,14 +124,14 @@ def metrics_table(
     rows = [{"model": model} | {name: text(metrics, name, form) for name, form in names.items()} for model, metrics in models.items()]
     return table(pl.DataFrame(rows), caption=caption)
 
-# %% ../../nbs/reports/show.ipynb #f057fc82
+# %% ../../nbs/reports/show.ipynb #eda217dd
 def cards(
     entries: Sequence[tuple[str, float | str, str, str]], # question, figure (a share or text), what it means, link
 ) -> "HTML":
     "Cards with a large figure each."
     from IPython.display import HTML
     def big(value: float | str) -> str: return value if isinstance(value, str) else percent(value)
-    boxes = "".join(f'<div class="card"><h3>{html.escape(question)}</h3>'
+    boxes = "".join(f'<div class="card"><h2>{html.escape(question)}</h2>'
                     f'<p class="big">{html.escape(big(value))}</p>'
                     f'<p>{html.escape(text)}</p><p><a href="{html.escape(link)}">Details'
                     f'<span class="hidden">: {html.escape(question)}</span></a></p></div>' for question, value, text, link in entries)
