@@ -1256,7 +1256,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'visrec_nb.recsys.matrix._check_log': ( 'recsys/matrix.html#_check_log',
                                                                                  'visrec_nb/recsys/matrix.py'),
                                          'visrec_nb.recsys.matrix._dense': ('recsys/matrix.html#_dense', 'visrec_nb/recsys/matrix.py'),
-                                         'visrec_nb.recsys.matrix._largest': ('recsys/matrix.html#_largest', 'visrec_nb/recsys/matrix.py'),
                                          'visrec_nb.recsys.matrix._longest_first': ( 'recsys/matrix.html#_longest_first',
                                                                                      'visrec_nb/recsys/matrix.py'),
                                          'visrec_nb.recsys.matrix._looked_up': ( 'recsys/matrix.html#_looked_up',

@@ -274,7 +274,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #d56c0caa
+# %% ../nbs/cli.ipynb #eefd83c1
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -404,7 +404,8 @@ def train_recommender(
     looks: dict[str, Any] = {}
     makers = {"hybrid": lambda: recsys.Hybrid(recsys.ALS(seed=seed), **looks), "content": lambda: recsys.Content(**looks),
               "als": lambda: recsys.ALS(seed=seed), "bpr": lambda: recsys.BPR(seed=seed),
-              "logistic_mf": lambda: recsys.LogisticMF(seed=seed), "ease": recsys.EASE, "gfcf": recsys.GFCF, "item_item": recsys.ItemItem, "markov": recsys.Markov,
+              "logistic_mf": lambda: recsys.LogisticMF(seed=seed), "ease": recsys.EASE, "gfcf": recsys.GFCF,
+              "item_item": recsys.ItemItem, "markov": recsys.Markov,
               "sasrec": lambda: recsys.SASRec(seed=seed), "popularity": recsys.Popularity}
     if model not in makers: raise ParameterError(f"--model {model}: one of {', '.join(makers)} is meant")
     require_place(out)
@@ -590,7 +591,7 @@ def bundle_verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")]) -> 
     from visrec_nb.core.bundle import verify_bundle
     typer.echo(f"{bundle}: {len(verify_bundle(bundle)['files'])} files, all as written")
 
-# %% ../nbs/cli.ipynb #28eabf06
+# %% ../nbs/cli.ipynb #a13df346
 @report_app.command("list")
 def report_list() -> None:
     "The report templates."
@@ -629,6 +630,7 @@ def report_run(
     cell_timeout: Annotated[float | None, typer.Option(help="Seconds that a cell may take.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait where another run of this name is going on.")] = 0,
     pdf: Annotated[bool, typer.Option("--pdf", help="A report.pdf too; needs Chromium.")] = False,
+    notify: Annotated[list[str] | None, typer.Option(help="Whom to tell: env:NAME or file:PATH of a webhook, mailto:ADDRESS.")] = None,
     as_json: Json = False,
 ) -> None:
     "Run a report: page, numbers and manifest in a folder. Exit status 1 when the run failed."
@@ -651,6 +653,12 @@ def report_run(
     told = {name: run.manifest[name] for name in ("run", "status", "error", "conclusion")}
     if as_json: _print_json(told | {"fresh": run.fresh, "folder": run.place, "metrics": run.metrics})
     else: typer.echo(str(join(run.place, "index.html")))
+    if runs is not None and "://" not in runs:
+        from visrec_nb.reports.history import update_history
+        update_history(runs, _note)
+    if notify and run.fresh:
+        from visrec_nb.reports.notify import try_notify
+        try_notify(run.place, notify, _note)
     if fault is not None: raise typer.Exit(_leave(str(fault), 1))
 
 # %% ../nbs/cli.ipynb #ebf10058

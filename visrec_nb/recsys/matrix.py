@@ -160,18 +160,7 @@ def to_matrix(
     weight = (weight if weight.dtype == pl.Float32 else weight.cast(pl.Float64))
     return from_events(users, items, rows_of(who, users), rows_of(what, items), weight.to_numpy(), ordered)
 
-# %% ../../nbs/recsys/matrix.ipynb #2c5b8b9e
-def _largest(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Ascending columns of the k largest of each row, the least of these, and whether others equal it."
-    n, m = x.shape
-    least = np.partition(x, m - k, axis=1)[:, m - k]
-    hit = x >= least[:, None]
-    more = np.count_nonzero(hit, axis=1) > k
-    if (rows := np.flatnonzero(more)).size:
-        hit[rows] = False
-        hit[rows[:, None], np.argpartition(x[rows], m - k, axis=1)[:, -k:]] = True
-    return np.flatnonzero(hit).reshape(n, k) % m, least, more
-
+# %% ../../nbs/recsys/matrix.ipynb #7873a435
 def top_k(
     scores: np.ndarray, # shape (n, m); -inf or NaN marks what must not be chosen
     k: int, # how many
@@ -180,29 +169,29 @@ def top_k(
     n, m = scores.shape
     k = min(k, m)
     if k == 0 or n == 0: return np.empty((n, k), np.int64)
-    layers, first = int(np.sqrt(m / k)), (np.arange(n) * m)[:, None]
+    layers = int(np.sqrt(m / (2 * k)))
     piles = m // max(layers, 1)
-    if layers < 4 or piles <= k:
-        if np.isnan(scores).any(): scores = np.where(np.isnan(scores), -np.inf, scores)
-        best, least, unsure = _largest(scores, k)
-    else:
-        most = scores[:, :piles * layers].reshape(n, layers, piles).max(1)
-        if np.isnan(most).any(): return top_k(np.where(np.isnan(scores), -np.inf, scores), k)
-        chosen, low, more = _largest(most, k)
-        near = scores.reshape(-1).take((np.arange(layers) * piles)[None, :, None] + (chosen + first)[:, None, :]).reshape(n, -1)
-        place, least, tied = _largest(np.concatenate([near, scores[:, piles * layers:]], axis=1), k)
-        layer, pile = np.divmod(np.minimum(place, layers * k - 1), k)
-        best = np.where(place < layers * k, layer * piles + np.take_along_axis(chosen, pile, 1), place + layers * (piles - k))
-        unsure = tied | (more & (least <= low))
-    found = scores.reshape(-1).take(best + first)
-    for r in np.flatnonzero(unsure & (least > -np.inf)).tolist():
-        above = best[r, found[r] > least[r]]
-        best[r] = np.sort(np.concatenate([above, np.flatnonzero(scores[r] == least[r])[: k - len(above)]]))
-        found[r] = scores[r, best[r]]
-    order = np.argsort(-found, axis=1, kind="stable")
-    return np.where(np.take_along_axis(found, order, 1) > -np.inf, np.take_along_axis(best, order, 1), -1)
+    most = scores[:, :piles * layers].reshape(n, layers, piles).max(1) if layers > 1 else scores
+    if np.isnan(most).any(): return top_k(np.where(np.isnan(scores), -np.inf, scores), k)
+    hit = scores >= np.partition(most, most.shape[1] - k, axis=1)[:, most.shape[1] - k, None]
+    at = np.flatnonzero(hit)
+    who = at // m
+    count = np.bincount(who, minlength=n)
+    if (many := np.flatnonzero(count > 8 * k)).size:
+        at = at[count[who] <= 8 * k]
+        who, count[many] = at // m, 0
+    place = np.arange(len(at)) - np.repeat(np.cumsum(count) - count, count)
+    columns, found = np.full((n, max(count.max(), k)), -1), np.full((n, max(count.max(), k)), -np.inf, scores.dtype)
+    columns[who, place], found[who, place] = at - who * m, scores.reshape(-1)[at]
+    order = np.argsort(-found, axis=1, kind="stable")[:, :k]
+    best = np.where(np.take_along_axis(found, order, 1) > -np.inf, np.take_along_axis(columns, order, 1), -1)
+    for r in many.tolist():
+        row = np.where(np.isnan(scores[r]), -np.inf, scores[r])
+        first = np.argsort(-row, kind="stable")[:k]
+        best[r] = np.where(row[first] > -np.inf, first, -1)
+    return best
 
-# %% ../../nbs/recsys/matrix.ipynb #4466444b
+# %% ../../nbs/recsys/matrix.ipynb #135fc4c6
 def cores() -> int:
     "Processors this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -215,12 +204,12 @@ def best_products(
     k: int, # how many
     skip: Skip | None = None, # from (start, stop) to rows, counted from start, and columns that are not to be chosen
     prune: bool = True, # the longest factors first, and no more than can matter; False computes all products
-    cells: int = 16_000_000, # products held at once by each thread
+    cells: int = 16_000_000, # products held at once by each thread, at most
     threads: int | None = None, # None for all cores
 ) -> tuple[np.ndarray, np.ndarray]: # columns int64, -1 where fewer are allowed, and products float32, both (n, min(k, m)), best first
     "The k highest products of each vector with the factors."
     n, m = len(vectors), len(factors)
-    width, threads, prune = min(k, m), threads or cores(), prune and n > 200 and m > 1000
+    width, threads, prune = min(k, m), threads or cores(), prune and n > 200 and m > 8000
     out, values = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf, np.float32)
     if not out.size: return out, values
     order, length, place = np.arange(m), np.full(m, np.inf), np.arange(m)
@@ -233,7 +222,7 @@ def best_products(
         if _needed(np.sort(norms)[::-1], least, np.linalg.norm(vectors[some], axis=1)).mean() < 0.3 * m:
             order = np.argsort(-norms, kind="stable")
             factors, length, place[order] = factors[order], norms[order], np.arange(m)
-    rows = min(max(cells // m, 64), 2048, max(-(-n // threads), 64), n)
+    rows = min(max(cells // m, 64), 384, max(-(-n // threads), 64), n)
     threads = min(threads, -(-n // rows))
     buffers: SimpleQueue[np.ndarray] = SimpleQueue()
     for _ in range(threads): buffers.put(np.empty(rows * m, np.float32))
