@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics as skm
 
 from visrec_nb.core.errors import DataWarning, InputError
-from visrec_nb.core.stats import bootstrap_interval, holm, mean_interval, ratio_interval, resampled_sums, sign_flip_test
+from visrec_nb.core.stats import adjust_p, bootstrap_interval, mean_interval, ratio_interval, resampled_sums, sign_flip_test
 from visrec_nb.data.samples import movielens
 from visrec_nb.recsys import metrics as m
 from visrec_nb.recsys.base import Recommender
@@ -169,7 +169,7 @@ def test_p_values_keep_their_promise():
         found = paired_tests(per_user, against="a", seed=i, rounds=400)
         wrong, plain = wrong + (found["p_holm"] < 0.05).any(), plain + (found["p_value"] < 0.05).sum()
     assert wrong <= 17 and 20 <= plain <= 62 # 10 of 200 and 40 of 800 expected
-    assert holm(np.array([0.01, 0.02, 0.03, 0.5])) == pytest.approx([0.04, 0.06, 0.06, 0.5])
+    assert adjust_p(np.array([0.01, 0.02, 0.03, 0.5])) == pytest.approx([0.04, 0.06, 0.06, 0.5])
     with pytest.raises(InputError, match="no such model"): paired_tests(per_user, against="z")
     with pytest.raises(InputError, match="different users"): paired_tests({"a": {"x": np.ones(2)}, "b": {"x": np.ones(3)}}, "x")
 
