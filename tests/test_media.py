@@ -531,6 +531,8 @@ def test_too_slow_too_large_and_killed(long_film):
     header = struct.pack(">IIBBBBB", 13_000, 12_000, 8, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10)))
     with IsolatedDecoder(max_memory=100 * 2**20) as decoder:
+        decoder.load_image(encoded(PHOTO, "PNG"))  # it has started
+        os.kill(next(iter(decoder._all)).process.pid, signal.SIGSTOP)  # it can't be done in time, however fast it is
         start = time.perf_counter()
         assert reason(decoder.read_clip, long_film, 2000, timeout=0.1) == "took longer than 0.1 s"
         assert time.perf_counter() - start < 3 and decoder.restarts == 1
@@ -552,7 +554,7 @@ def test_four_threads_share_two_processes(long_film):
     with IsolatedDecoder(2) as decoder:
         def work(i):
             if i % 10 == 3:
-                return reason(decoder.read_clip, long_film, 2000, timeout=0.05)
+                return reason(decoder.read_clip, long_film, 2000, timeout=0.001)
             if i % 2:
                 return numbers(decoder.read_clip(long_film, 1, start=i / 10 + 0.05, sampling="dense").frames) == [i]
             shade = np.full((20, 30, 3), i, np.uint8)
