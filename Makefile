@@ -24,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; 
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SKIP_FOLDERS := ^([_.].*|notebooks|benchmarks)$$
 
-.PHONY: help report test lint types notebooks pytest browser lab constraints clean
+.PHONY: help report test lint types notebooks pytest browser azurite lab constraints clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -43,7 +43,7 @@ types: $(STAMP) ## types: mypy
 notebooks: $(STAMP) ## every notebook from top to bottom
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers $(JOBS) --timing --skip-folder-re '$(SKIP_FOLDERS)'
 
-pytest: $(STAMP) browser ## package and project tests
+pytest: $(STAMP) browser azurite ## package and project tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Chromium for the browser tests. Where it cannot be had, those tests are skipped and say so; under CI they fail.
@@ -62,6 +62,19 @@ browser:
 	  { $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	  || echo "note: apt-get could not install Chromium: the browser tests will not run"; \
 	fi
+
+# An emulator of Azure's blob store for a test, inside .venv; from npm, which Debian has. Without it that test is skipped and says so; under CI it fails.
+AZURITE := 3.37.0
+azurite: $(STAMP)
+	@if [ -x $(VENV)/azurite/node_modules/.bin/azurite-blob ]; then exit 0; fi; \
+	if ! command -v npm >/dev/null && command -v apt-get >/dev/null && { [ "$$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null; }; then \
+	  sudo=; [ "$$(id -u)" -eq 0 ] || sudo="sudo -n"; \
+	  { $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends npm >/dev/null; } || true; \
+	fi; \
+	if ! command -v npm >/dev/null; then echo "note: no npm: the test with Azure's store will not run (apt-get install npm)"; exit 0; fi; \
+	echo "Installing azurite for a test"; \
+	npm install --prefix $(VENV)/azurite --no-audit --no-fund --no-progress --loglevel=error azurite@$(AZURITE) >/dev/null \
+	|| { rm -rf $(VENV)/azurite; echo "note: npm could not install azurite: the test with Azure's store will not run"; }
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import nbformat
@@ -418,6 +419,35 @@ def stored(url, fs, key, notebook):
     assert json.loads(fs.cat_file(f"{key}/now/metrics.json")) == {"n": 2, "seed": 42}, "the last good run stays"
 
 
+def looked_back(url, fs, key):
+    "The history of runs in a store, after `stored`."
+    from visrec_nb.reports.history import compare_runs, read_history, write_history
+    from visrec_nb.reports.notify import message
+    from visrec_nb.reports.schedule import job, missed_time
+
+    nights = f"{url}/nights"
+    fs.pipe_file(f"{key}/nights/alerts.yaml", b"- n > 2\n")
+    history = write_history(nights)
+    assert [run.metrics["n"].value for run in history.runs] == [3, 2] and history.skipped == []
+    page = fs.cat_file(f"{key}/nights/index.html").decode()
+    assert "n is 3, above 2" in page and f'href="{history.runs[0].folder}/index.html"' in page
+    assert fs.cat_file(f"{key}/nights/index.sqlite").startswith(b"SQLite format 3")
+    newest, older = (f"{nights}/{run.folder}" for run in history.runs)
+    assert message(f"{nights}/nightly").title == "nightly: 1 alert" and message(newest).text.endswith(f"{newest}/index.html")
+    found = compare_runs(older, f"{nights}/nightly")
+    assert (found["a"]["folder"], found["b"]["folder"]) == (older, newest) and found["inputs"]["parameters.n"] == [2, 3]
+    assert compare_runs(f"{url}/now", newest)["inputs"]["parameters.n"] == [2, 3]
+    with pytest.raises(InputError, match="no run"):
+        compare_runs(f"{nights}/weekly", newest)
+    daily, begun = job("nightly.ipynb", nights, "30 2 * * *"), history.runs[0].started
+    due = missed_time(daily, begun + timedelta(days=1))
+    assert begun < due <= begun + timedelta(days=1) and missed_time(daily, due - timedelta(seconds=1)) is None
+    fs.rm(f"{key}/nights/{history.runs[0].folder}", recursive=True)
+    assert [run.folder for run in read_history(nights).runs] == [history.runs[1].folder]
+    write_history(nights)
+    assert "above 2" not in fs.cat_file(f"{key}/nights/index.html").decode()
+
+
 def test_in_a_store(tmp_path, monkeypatch):
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -435,6 +465,20 @@ def test_in_a_store(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="s3://"):
         run_report(make(tmp_path / "nightly.ipynb"), "https://example.org/run")
+
+
+def test_the_history_of_a_store(tmp_path, monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setenv("VISREC_CACHE", str(tmp_path / "cache"))
+    fs, notebook = MemoryFileSystem(), make(tmp_path / "nightly.ipynb")
+    try:
+        run_report(notebook, "memory://reports/now", {"n": 2})
+        for n in (2, 3):
+            run_report(notebook, runs="memory://reports/nights", parameters={"n": n})
+        looked_back("memory://reports", fs, "/reports")
+    finally:
+        fs.rm("/reports", recursive=True)
 
 
 def served(command, port, log):
@@ -480,6 +524,7 @@ def test_in_s3(tmp_path, monkeypatch):
         fs = fsspec.filesystem("s3", use_listings_cache=False)
         fs.mkdir("shop")
         stored("s3://shop/reports", fs, "shop/reports", make(tmp_path / "nightly.ipynb"))
+        looked_back("s3://shop/reports", fs, "shop/reports")
         with pytest.raises(ReportError, match="cannot be written"):
             run_report(make(tmp_path / "nightly.ipynb"), "s3://not-there/run")
     finally:
@@ -508,6 +553,7 @@ def test_in_google_cloud_storage(tmp_path, monkeypatch):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         fs = fsspec.filesystem("gs", use_listings_cache=False)
         stored("gs://shop/reports", fs, "shop/reports", make(tmp_path / "nightly.ipynb"))
+        looked_back("gs://shop/reports", fs, "shop/reports")
     finally:
         server.terminate()
         server.wait(10)
@@ -515,9 +561,9 @@ def test_in_google_cloud_storage(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_in_azure(tmp_path, monkeypatch):
-    program = shutil.which("azurite-blob")
+    program = shutil.which("azurite-blob", path=f"{Path(sys.prefix) / 'azurite/node_modules/.bin'}{os.pathsep}{os.environ['PATH']}")
     if program is None:
-        pytest.skip("no azurite on the PATH (npm install -g azurite)")
+        (pytest.fail if os.environ.get("CI", "").lower() in ("1", "true") else pytest.skip)("no azurite (make azurite)")
     pytest.importorskip("adlfs")
     import fsspec
 
@@ -548,6 +594,7 @@ def test_in_azure(tmp_path, monkeypatch):
         fs = fsspec.filesystem("abfs", use_listings_cache=False)
         fs.mkdir("shop")
         stored("abfs://shop/reports", fs, "shop/reports", make(tmp_path / "nightly.ipynb"))
+        looked_back("abfs://shop/reports", fs, "shop/reports")
     finally:
-        server.terminate()
+        server.kill()  # told politely, it waits for its connections to end
         server.wait(10)

@@ -347,7 +347,7 @@ GOOD = "runs: a\ntimezone: UTC\nreports: {a: {report: x, when: '@daily'}}\n"
     "[1]", "runs: [", GOOD.replace("timezone: UTC\n", ""), GOOD.replace("{a: {report: x, when: '@daily'}}", "[a]"),
     GOOD.replace(", when: '@daily'", ""), GOOD.replace("report: x", "report: x, parameters: no.yaml"),
     GOOD.replace("@daily", "61 * * * *"), GOOD.replace("report: x", "report: x, every: 1"),
-    GOOD.replace("runs: a", "runs: s3://a/b"), GOOD + "at_once: 0\n", GOOD + "late: soon\n", GOOD.replace("UTC", "Mars/Olympus")])
+    GOOD + "at_once: 0\n", GOOD + "late: soon\n", GOOD.replace("UTC", "Mars/Olympus")])
 def test_a_wrong_plan_is_refused_with_its_name(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises((InputError, ParameterError), match=r"plan\.yaml"): read_schedule(tmp_path / "plan.yaml")

@@ -591,7 +591,7 @@ def bundle_verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")]) -> 
     from visrec_nb.core.bundle import verify_bundle
     typer.echo(f"{bundle}: {len(verify_bundle(bundle)['files'])} files, all as written")
 
-# %% ../nbs/cli.ipynb #a13df346
+# %% ../nbs/cli.ipynb #6463e47d
 @report_app.command("list")
 def report_list() -> None:
     "The report templates."
@@ -607,7 +607,7 @@ def report_show(name: Annotated[str, typer.Argument(help="A template's name, or 
     if as_json:
         _print_json({"report": Path(name).stem, "parameters": [
             {"name": p.name, "type": p.kind, "default": p.default, "help": p.help, "low": p.low, "high": p.high, "choices": list(p.choices),
-             "data": p.data, "secret": p.secret} for p in known]})
+             "data": p.data, "bundle": p.bundle, "secret": p.secret} for p in known]})
         return
     rows = [("parameter", "type", "default", "rules", "what it is for")]
     rows += [(p.name, p.kind, repr(p.default), p.rule, p.help) for p in known]
@@ -653,7 +653,7 @@ def report_run(
     told = {name: run.manifest[name] for name in ("run", "status", "error", "conclusion")}
     if as_json: _print_json(told | {"fresh": run.fresh, "folder": run.place, "metrics": run.metrics})
     else: typer.echo(str(join(run.place, "index.html")))
-    if runs is not None and "://" not in runs:
+    if runs is not None:
         from visrec_nb.reports.history import update_history
         update_history(runs, _note)
     if notify and run.fresh:
@@ -661,8 +661,8 @@ def report_run(
         try_notify(run.place, notify, _note)
     if fault is not None: raise typer.Exit(_leave(str(fault), 1))
 
-# %% ../nbs/cli.ipynb #ebf10058
-Root = Annotated[Path, typer.Argument(help="The folder that `visrec report run --runs` puts its runs into.")]
+# %% ../nbs/cli.ipynb #b15995ce
+Root = Annotated[str, typer.Argument(help="Where `visrec report run --runs` puts its runs: a folder or an address.")]
 Alerts = Annotated[list[str] | None, typer.Option("--alert", help="A rule: 'accuracy < 0.8', 'ece rises 10% over 7', 'no run for 36h'.")]
 
 @report_app.command("history")
@@ -675,25 +675,25 @@ def report_history(
     as_json: Json = False,
 ) -> None:
     "Make index.sqlite and index.html of all runs anew, and say how things stand."
-    from visrec_nb.reports.history import alerts, duration, history_conclusion, parse_rule, read_rules, write_history
-    own = rules or (root / "alerts.yaml" if (root / "alerts.yaml").is_file() else None)
-    wanted = (read_rules(own) if own else []) + [parse_rule(text) for text in alert or []]
+    from visrec_nb.reports.history import alerts, duration, history_conclusion, own_rules, parse_rule, read_rules, write_history
+    from visrec_nb.reports.store import join
+    wanted = (read_rules(rules) if rules else own_rules(root)) + [parse_rule(text) for text in alert or []]
     history = write_history(root, wanted)
     raised, shown = alerts(history, wanted), history.runs[:last]
     if as_json:
         runs = [{"folder": r.folder, "run": r.run, "report": r.report, "status": r.status, "error": r.error, "seconds": r.seconds,
                  "started": f"{r.started:%Y-%m-%dT%H:%M:%SZ}", "conclusion": r.conclusion} for r in shown]
         _print_json({"conclusion": history_conclusion(history, raised), "alerts": [vars(a) for a in raised], "runs": runs,
-                     "skipped": [{"folder": name, "reason": why} for name, why in history.skipped], "page": str(root / "index.html")})
+                     "skipped": [{"folder": name, "reason": why} for name, why in history.skipped], "page": str(join(root, "index.html"))})
     else:
         for r in shown: typer.echo(f"{r.started:%Y-%m-%d %H:%M}  {r.status:<6}  {duration(r.seconds):>12}  {r.folder}")
         typer.echo(history_conclusion(history, raised))
-        typer.echo(str(root / "index.html"))
+        typer.echo(str(join(root, "index.html")))
     for name, why in history.skipped: _note(f"not a run: {name}: {why}")
     for a in raised: _note(f"alert: {a.run + ': ' if a.run else ''}{a.text}")
     if strict and raised: raise typer.Exit(1)
 
-Past = Annotated[Path, typer.Argument(help="A run's folder, or ROOT/NAME for the newest run of that name.")]
+Past = Annotated[str, typer.Argument(help="A run's folder or address, or ROOT/NAME for the newest run of that name.")]
 
 @report_app.command("compare")
 def report_compare(
@@ -728,11 +728,11 @@ def report_notify(
         sent = notify(run, target, link=link, only=only)
         _note(f"{'sent' if sent else 'nothing to send'} to {target.partition('?')[0]}")
 
-# %% ../nbs/cli.ipynb #b333ef82
+# %% ../nbs/cli.ipynb #7252d9b5
 schedule_app = typer.Typer(no_args_is_help=True, help="Run reports by the clock.")
 report_app.add_typer(schedule_app, name="schedule")
 Report = Annotated[str, typer.Argument(help="A template's name, or a notebook.")]
-Runs = Annotated[str, typer.Option(help="The folder that the runs go to: ROOT/NAME/TIME.")]
+Runs = Annotated[str, typer.Option(help="The folder or address that the runs go to: ROOT/NAME/TIME.")]
 When = Annotated[str, typer.Option(help="A cron expression: '30 2 * * mon-fri', @daily.")]
 Zone = Annotated[str, typer.Option(help="The time zone of it, such as Europe/Berlin.")]
 File = Annotated[Path | None, typer.Option("-f", help="The report's parameters, a YAML file.")]

@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'SCHEMA', 'TABLES', 'NUMBER', 'RULES', 'SHARES', 'WIDE', 'TALL', 'LEFT', 'TOP', 'BASE', 'STYLE', 'MOST',
-           'INPUTS', 'PLAIN', 'Metric', 'PastRun', 'flat_metrics', 'read_run', 'find_run', 'History', 'read_history',
-           'Rule', 'parse_rule', 'read_rules', 'duration', 'figure_text', 'Alert', 'run_alerts', 'alerts', 'trend_svg',
-           'history_conclusion', 'history_page', 'write_history', 'update_history', 'compare_runs', 'comparison_page']
+           'INPUTS', 'PLAIN', 'Metric', 'PastRun', 'flat_metrics', 'read_run', 'Found', 'find_run', 'History',
+           'read_history', 'Rule', 'parse_rule', 'read_rules', 'own_rules', 'duration', 'figure_text', 'Alert',
+           'run_alerts', 'alerts', 'trend_svg', 'history_conclusion', 'history_page', 'write_history', 'update_history',
+           'compare_runs', 'comparison_page']
 
-# %% ../../nbs/reports/history.ipynb #b7978ded
+# %% ../../nbs/reports/history.ipynb #ce908274
 import contextlib, difflib, html, json, math, os, re, sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from ..core.errors import InputError, ParameterError, require
+from ..core.errors import InputError, ParameterError, ReportError, require
 from ..core.files import atomic_file, fingerprint, read_json
+from ..data.remote import is_remote
 from .render import page
+from .store import STAMP, mirrored, send
 
 # %% ../../nbs/reports/history.ipynb #c1555c65
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def flat_metrics(
     return {name: Metric(value, found.get(f"{name}_ci_low"), found.get(f"{name}_ci_high")) for name, value in found.items()
             if name not in ends}
 
-# %% ../../nbs/reports/history.ipynb #9d266c46
+# %% ../../nbs/reports/history.ipynb #d4e1120c
 def _when(text: str) -> datetime: return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)
 
 def read_run(
@@ -79,17 +82,39 @@ def read_run(
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise InputError(f"{folder}: not the manifest or metrics of a run ({type(e).__name__}: {e})") from e
 
+class Found(NamedTuple):
+    "A run that was asked for."
+    folder: Path # on this machine; of a run in a store it holds the manifest and the figures alone
+    root: Path # of its history
+    place: str # where its page is: a folder or an address
+
 def find_run(
-    path: str | Path, # a run's folder, or the folder of a run name: then the newest run in it
-) -> Path: # a run's folder
-    "The folder of a run."
+    path: str | Path, # a run's folder or address, or that of a run name: then the newest run in it
+) -> Found:
+    "Find a run."
+    if is_remote(path): return _find_remote(str(path).rstrip("/"))
     path = Path(path).absolute()
-    if (path / "manifest.json").is_file(): return path
-    inside = sorted(p.parent for p in path.glob("[!.]*/manifest.json"))
-    if not inside: raise InputError(f"{path}: no run in it (a run's folder holds manifest.json)")
+    folder = path if (path / "manifest.json").is_file() else _newest(path, str(path))
+    return Found(folder, folder.parent.parent, str(folder))
+
+def _newest(folder: Path, name: str) -> Path:
+    inside = sorted(p.parent for p in folder.glob("[!.]*/manifest.json"))
+    if not inside: raise InputError(f"{name}: no run in it (a run's folder holds manifest.json)")
     return max(inside, key=lambda p: (read_run(p).started, p.name))
 
-# %% ../../nbs/reports/history.ipynb #822a8e04
+def _find_remote(url: str) -> Found:
+    above, _, last = url.rpartition("/")
+    if STAMP.fullmatch(last): # one of the runs that are kept
+        root = mirrored(above.rpartition("/")[0])
+        folder = root / above.rpartition("/")[2] / last
+        if not (folder / "manifest.json").is_file(): raise InputError(f"{url}: no run there")
+        return Found(folder, root, url)
+    here = mirrored(url)
+    if (here / "manifest.json").is_file(): return Found(here, here.parent, url)
+    folder = _newest(here, url)
+    return Found(mirrored(above) / last / folder.name, mirrored(above), f"{url}/{folder.name}")
+
+# %% ../../nbs/reports/history.ipynb #e5c5016d
 VERSION = 1
 SCHEMA = f"""
 create table runs (folder text primary key, stamp text not null, run text not null, report text not null, status text not null, error text,
@@ -101,7 +126,7 @@ pragma user_version = {VERSION};"""
 @dataclass(frozen=True)
 class History:
     "The runs below a root."
-    root: Path
+    root: Path # on this machine
     runs: list[PastRun] # newest first
     skipped: list[tuple[str, str]] # folder, why it is not a run
     stamps: dict[str, str] = field(default_factory=dict) # folder -> sizes and times of what was read
@@ -127,11 +152,11 @@ def _indexed(root: Path) -> dict[tuple[str, str], PastRun]: # (folder, stamp) ->
     except (sqlite3.Error, ValueError, TypeError): return {}
 
 def read_history(
-    root: str | Path, # where `visrec report run --runs` puts its runs
+    root: str | Path, # where `visrec report run --runs` puts its runs: a folder or an address
 ) -> History:
     "The runs below a root, as the folders have it now."
-    root = Path(root)
-    if not root.is_dir(): raise InputError(f"{root}: no such folder")
+    if not is_remote(root) and not Path(root).is_dir(): raise InputError(f"{root}: no such folder")
+    root = mirrored(root)
     known, runs, skipped, stamps = _indexed(root), [], [], {}
     for folder in sorted(p for p in root.glob("[!.]*/[!.]*") if p.is_dir()):
         name = folder.relative_to(root).as_posix()
@@ -204,6 +229,14 @@ def read_rules(
     if not isinstance(lines, list): raise InputError(f"{path}: a list of rules is meant, such as '- accuracy < 0.8'")
     # YAML reads `photos: accuracy < 0.8` as a mapping of one entry
     return [parse_rule(": ".join(map(str, *line.items())) if isinstance(line, dict) and len(line) == 1 else str(line)) for line in lines]
+
+# %% ../../nbs/reports/history.ipynb #7c959bd0
+def own_rules(
+    root: str | Path, # of the runs: a folder or an address
+) -> list[Rule]:
+    "The rules that stand beside the runs, in alerts.yaml."
+    file = mirrored(root) / "alerts.yaml"
+    return read_rules(file) if file.is_file() else []
 
 # %% ../../nbs/reports/history.ipynb #6957c56e
 SHARES = ("accuracy", "precision", "recall", "f1", "hit_rate", "coverage", "share", "exact_match")
@@ -453,7 +486,7 @@ def _runs_table(runs: Sequence[PastRun], limit: int) -> str:
     return (f'<div class="table" tabindex="0" role="region" aria-label="All runs"><table class="runs"><thead><tr>{head}</tr></thead>'
             f"<tbody>{rows}</tbody></table>{more}</div>")
 
-# %% ../../nbs/reports/history.ipynb #c5ad5367
+# %% ../../nbs/reports/history.ipynb #20e23fca
 def history_conclusion(
     history: History,
     raised: Sequence[Alert], # from `alerts`
@@ -495,18 +528,18 @@ def history_page(
     return _page("Reports", "\n".join(body), f"Made {now:%Y-%m-%d %H:%M} UTC from {len(history.runs):,} runs. Times are in UTC.")
 
 def write_history(
-    root: str | Path, # where `visrec report run --runs` puts its runs
+    root: str | Path, # where `visrec report run --runs` puts its runs: a folder or an address
     rules: Sequence[Rule] | None = None, # else those of root/alerts.yaml, where there is one
     now: datetime | None = None, # with a time zone; else the clock's
 ) -> History:
     "Make index.sqlite and index.html of a root anew."
-    root = Path(root)
-    if not root.is_dir(): raise InputError(f"{root}: no such folder")
-    if rules is None: rules = read_rules(root / "alerts.yaml") if (root / "alerts.yaml").is_file() else []
-    with _locked(root):
-        history = read_history(root)
+    here = read_history(root).root
+    if rules is None: rules = own_rules(here)
+    with _locked(here):
+        history = read_history(here)
         _write_index(history)
-        with atomic_file(root / "index.html") as aside: aside.write_text(history_page(history, rules, now), encoding="utf-8")
+        with atomic_file(here / "index.html") as aside: aside.write_text(history_page(history, rules, now), encoding="utf-8")
+        if is_remote(root): send([here / "index.sqlite", here / "index.html"], str(root))
     return history
 
 def update_history(
@@ -515,9 +548,9 @@ def update_history(
 ) -> None:
     "The last step of a run: a fault here, such as a slip in alerts.yaml, is told and changes nothing."
     try: write_history(root)
-    except (InputError, OSError, sqlite3.Error) as e: tell(f"the overview in {root} was not made: {e}")
+    except (InputError, ReportError, OSError, sqlite3.Error) as e: tell(f"the overview in {root} was not made: {e}")
 
-# %% ../../nbs/reports/history.ipynb #c516d64e
+# %% ../../nbs/reports/history.ipynb #7abef373
 INPUTS = ("parameters", "data", "libraries", "hardware", "git", "bundles")
 PLAIN = ("report", "run", "status", "seed", "notebook_sha256", "version")
 
@@ -541,17 +574,17 @@ def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]: # wh
     return found
 
 def compare_runs(
-    a: str | Path, # the earlier run's folder, or a run name's folder for its newest run
+    a: str | Path, # the earlier run's folder or address, or a run name's for its newest run
     b: str | Path, # the later run's
 ) -> dict[str, Any]: # a, b, metrics: a row each, inputs: what -> [first, second], conclusion
     "What differs between two runs."
-    paths = [find_run(a), find_run(b)]
-    runs, manifests = [read_run(p) for p in paths], [read_json(p / "manifest.json") for p in paths]
+    found = [find_run(a), find_run(b)]
+    runs, manifests = [read_run(f.folder, f.root) for f in found], [read_json(f.folder / "manifest.json") for f in found]
     names = list(dict.fromkeys([*runs[0].metrics, *runs[1].metrics]))
     rows = [_difference(name, runs[0].metrics.get(name), runs[1].metrics.get(name)) for name in names]
     inputs = _changes(*manifests)
-    facts = [{"folder": str(p), "run": r.run, "report": r.report, "status": r.status, "started": f"{r.started:%Y-%m-%dT%H:%M:%SZ}"}
-             for p, r in zip(paths, runs, strict=True)]
+    facts = [{"folder": f.place, "run": r.run, "report": r.report, "status": r.status, "started": f"{r.started:%Y-%m-%dT%H:%M:%SZ}"}
+             for f, r in zip(found, runs, strict=True)]
     return {"a": facts[0], "b": facts[1], "metrics": rows, "inputs": inputs, "conclusion": _compared(facts, rows, inputs)}
 
 def _compared(facts: Sequence[Mapping[str, str]], rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAIL', 'Message', 'message', 'post_webhook', 'send_mail', 'notify', 'try_notify']
 
-# %% ../../nbs/reports/notify.ipynb #9325f302
+# %% ../../nbs/reports/notify.ipynb #251fd060
 import contextlib, http.client, json, socket, ssl, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 
 from ..core.errors import InputError, ParameterError, ReportError
 from ..core.files import read_json
-from .history import Alert, duration, find_run, read_history, read_rules, run_alerts
+from .history import Alert, duration, find_run, own_rules, read_history, run_alerts
 from .secrets import secret
 
-# %% ../../nbs/reports/notify.ipynb #23d1f912
+# %% ../../nbs/reports/notify.ipynb #2951ead9
 @dataclass(frozen=True)
 class Message:
     "What is sent about a run."
@@ -33,21 +33,21 @@ class Message:
 def _shortened(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1].rsplit(" ", 1)[0] + " …"
 
 def message(
-    run: str | Path, # a run's folder, or a run name's folder for its newest run
+    run: str | Path, # a run's folder or address, or a run name's for its newest run
     alerts: Sequence[Alert] | None = None, # else by the rules beside the runs
     link: str | None = None, # address of the folder that holds the runs; else the page's path is given
 ) -> Message:
     "What is said about a run."
-    folder = find_run(run)
-    manifest, root = read_json(folder / "manifest.json"), folder.parent.parent
+    folder, root, place = find_run(run)
+    manifest = read_json(folder / "manifest.json")
     name, failed = manifest.get("run") or manifest["report"], manifest["status"] != "ok"
     if alerts is None:
-        rules = read_rules(root / "alerts.yaml") if (root / "alerts.yaml").is_file() else []
+        rules = own_rules(root)
         alerts = run_alerts(read_history(root), rules, folder.relative_to(root).as_posix()) if rules else []
     told = [a.text for a in alerts if not a.text.startswith("failed: ")]
     title = f"{name}: " + ("failed" if failed else f"{len(told)} alert{'s' * (len(told) > 1)}" if told else "ok")
     said = manifest.get("error") if failed else manifest.get("conclusion")
-    page = f"{link.rstrip('/')}/{quote(folder.relative_to(root).as_posix())}/index.html" if link else str(folder / "index.html")
+    page = f"{link.rstrip('/')}/{quote(folder.relative_to(root).as_posix())}/index.html" if link else f"{place}/index.html"
     lines = [f"{title} ({manifest.get('started', '')[:16].replace('T', ' ')} UTC, took {duration(manifest.get('seconds') or 0)})"]
     lines += [_shortened(" ".join((said or "").split()), 900), *(f"- {_shortened(text, 300)}" for text in told[:10])]
     if len(told) > 10: lines.append(f"- and {len(told) - 10} more")
@@ -150,9 +150,9 @@ def _smtp_reason(error: Exception) -> str:
     if isinstance(error, smtplib.SMTPRecipientsRefused): return f"refused {', '.join(error.recipients)}"
     return _reason(error)
 
-# %% ../../nbs/reports/notify.ipynb #04e9b581
+# %% ../../nbs/reports/notify.ipynb #be4ee0af
 def notify(
-    run: str | Path, # a run's folder, or a run name's folder for its newest run
+    run: str | Path, # a run's folder or address, or a run name's for its newest run
     to: str, # env:NAME or file:PATH that holds a webhook's address (or a mailto:), or mailto:...
     alerts: Sequence[Alert] | None = None, # else by the rules beside the runs
     link: str | None = None, # address of the folder that holds the runs; else the page's path is given

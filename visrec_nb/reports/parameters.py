@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.errors import InputError, ParameterError
 
-# %% ../../nbs/reports/parameters.ipynb #e10ad0e0
+# %% ../../nbs/reports/parameters.ipynb #b6c28d72
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell."
@@ -29,6 +29,7 @@ class Parameter:
     high: Any = None # largest
     choices: tuple[Any, ...] = ()
     data: bool = False # a path whose content counts
+    bundle: bool = False # a bundle that the run writes
     secret: bool = False # given by reference only
 
     @property
@@ -37,7 +38,7 @@ class Parameter:
         parts = [" | ".join(map(str, self.choices))] if self.choices else []
         if self.low is not None or self.high is not None:
             parts.append("..".join("" if end is None else str(end) for end in (self.low, self.high)))
-        return ", ".join(parts + ["data"] * self.data + ["secret"] * self.secret)
+        return ", ".join(parts + ["data"] * self.data + ["bundle"] * self.bundle + ["secret"] * self.secret)
 
     @property
     def kind(self) -> str:
@@ -103,7 +104,7 @@ def _convert(parameter: Parameter, value: Any) -> Any:
             raise ValueError(f"{p.name}={element!r} has to be {ends}")
     return value
 
-# %% ../../nbs/reports/parameters.ipynb #51e07d55
+# %% ../../nbs/reports/parameters.ipynb #0eb7fca3
 def _rules(text: str, kind: str, item: str | None) -> tuple[str, dict[str, Any]]: # help without the brackets, the rules
     "Split a comment into its words and its rules."
     found = re.fullmatch(r"(.*?)\s*\[([^\[\]]*)\]\s*", text, re.DOTALL)
@@ -112,13 +113,13 @@ def _rules(text: str, kind: str, item: str | None) -> tuple[str, dict[str, Any]]
     of = item or kind
     for rule in (part.strip() for part in found[2].split(",")):
         low, dots, high = rule.partition("..")
-        if rule in ("data", "secret"):
-            if kind not in (("str", "Path") if rule == "data" else ("str",)): raise ValueError(f"[{rule}] is for text, not for {kind}")
+        if rule in ("data", "bundle", "secret"):
+            if kind not in (("str",) if rule == "secret" else ("str", "Path")): raise ValueError(f"[{rule}] is for text, not for {kind}")
             rules[rule] = True
         elif "|" in rule: rules["choices"] = tuple(_typed(of, None, part.strip()) for part in rule.split("|"))
         elif dots and of in ORDERED:
             rules |= {name: _typed(of, None, end.strip()) for name, end in (("low", low), ("high", high)) if end.strip()}
-        else: raise ValueError(f"[{rule}] is not a rule; there are ranges (1..10) of numbers and dates, choices (a | b), data and secret")
+        else: raise ValueError(f"[{rule}] is not a rule; there are ranges (1..10), choices (a | b), data, bundle and secret")
     return found[1], rules
 
 def _type_of(annotation: ast.expr) -> tuple[str, str | None, bool]: # type, type of elements, whether None is allowed

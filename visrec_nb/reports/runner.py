@@ -142,10 +142,10 @@ def _earlier(place: str | Path, key: str, bundles: Sequence[Path]) -> Run | None
     if found is None or found.get("status") != "ok" or found.get("key") != key or bundles: return None
     return Run(Path(), read_store_json(f"{str(place).rstrip('/')}/metrics.json") or {}, found, False, str(place))
 
-# %% ../../nbs/reports/runner.ipynb #b39823f5
+# %% ../../nbs/reports/runner.ipynb #91391492
 def _plan(
     report: str | Path, given: dict[str, Any], name: str | None, data: Sequence[str], seed: int | None,
-) -> tuple[Path, str, dict[str, Any], dict[str, Any], dict[str, str], Redactor]:
+) -> tuple[Path, str, dict[str, Any], dict[str, Any], dict[str, str], list[Path], Redactor]:
     "Everything that can be said to be wrong before a kernel starts."
     notebook = find_report(report)
     known = report_parameters(notebook)
@@ -164,7 +164,8 @@ def _plan(
         if parameter not in every: raise ParameterError(f"{notebook.stem}: data={parameter!r} is no parameter of it")
         try: prints[parameter] = data_fingerprint(str(every[parameter]))
         except InputError as e: raise InputError(f"{notebook.stem}: {parameter}={e}") from e
-    return notebook, check_name(name or notebook.stem), values, every, prints, redact
+    written = [Path(every[p.name]) for p in settable if p.bundle and every[p.name]]
+    return notebook, check_name(name or notebook.stem), values, every, prints, written, redact
 
 def run_report(
     report: str | Path, # a template's name or a notebook's path
@@ -174,7 +175,7 @@ def run_report(
     runs: str | Path | None = None, # instead of `out`: a folder or address below which every run is kept
     name: str | None = None, # of the run; None: the template's
     data: Sequence[str] = (), # names of parameters that are paths to data, beside those marked so in the template
-    bundles: Sequence[str | Path] = (), # bundles that the run writes
+    bundles: Sequence[str | Path] = (), # bundles that the run writes, beside those marked so in the template
     seed: int | None = None, # the parameter `seed`
     if_changed: bool = False, # keep an earlier run with the same inputs
     timeout: float = 21_600, # seconds that the run may take
@@ -189,13 +190,13 @@ def run_report(
     if min(timeout, cell_timeout or timeout) <= 0 or cell_timeout == 0: raise ParameterError("a time limit is more than 0 s")
     if (keep is not None and keep < 1) or (keep_days is not None and keep_days < 0):
         raise ParameterError("at least the last run is kept: keep is 1 or more, keep_days 0 or more")
-    notebook, run_name, values, every, prints, redact = _plan(report, dict(parameters or {}), name, data, seed)
+    notebook, run_name, values, every, prints, written, redact = _plan(report, dict(parameters or {}), name, data, seed)
     require("jupyter_client", "reports")
     if pdf:
         from visrec_nb.reports.render import find_browser
         find_browser()
     key = run_key(notebook, {k: v for k, v in values.items() if k not in prints}, prints)
-    paths = [Path(b) for b in bundles]
+    paths = list(dict.fromkeys([*written, *map(Path, bundles)]))
     place: str | Path = out if out is not None else join(runs or "", run_name)
     manifest = {"report": notebook.stem, "run": run_name, "parameters": every, "data": prints, "key": key, "seed": every.get("seed"),
                 "libraries": library_versions(), "version": visrec_nb.__version__, "notebook_sha256": sha256_file(notebook)}

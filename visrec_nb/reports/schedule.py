@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'MONTHS', 'DAYS', 'SHORT', 'NAMES', 'NAME', 'WRITERS', 'Cro
            'github_workflow', 'airflow_dag', 'check_schedule', 'write_schedule', 'Schedule', 'read_schedule',
            'due_time', 'missed_time', 'Scheduler', 'run_schedule', 'schedule_table']
 
-# %% ../../nbs/reports/schedule.ipynb #7a43bfc4
+# %% ../../nbs/reports/schedule.ipynb #248b9ca2
 import ast, contextlib, json, os, queue, re, shlex, shutil, signal, subprocess, sys, threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from zoneinfo import ZoneInfo
 
 from ..core.errors import InputError, ParameterError, require
 from ..core.files import atomic_file, read_json, write_json
+from ..data.remote import is_remote
+from .store import mirrored
 
 # %% ../../nbs/reports/schedule.ipynb #e87a1d34
 FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
@@ -101,7 +103,7 @@ def time_zone(
     try: return ZoneInfo(name)
     except (KeyError, ValueError, OSError) as e: raise ParameterError(f"no time zone {name!r}; names are such as Europe/Berlin, UTC") from e
 
-# %% ../../nbs/reports/schedule.ipynb #69868d66
+# %% ../../nbs/reports/schedule.ipynb #2fda2b96
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def job(
     "A checked job: paths absolute, expression, zone and name right."
     parse_cron(when), time_zone(timezone)
     base = Path(folder or ".").absolute()
-    def whole(path: str | Path) -> str: return str(path) if "://" in str(path) else os.path.normpath(base / Path(path).expanduser())
+    def whole(path: str | Path) -> str: return str(path) if is_remote(path) else os.path.normpath(base / Path(path).expanduser())
     if report.endswith(".ipynb"): report = whole(report)
     when = SHORT.get(when.strip(), " ".join(when.split()))
     found = Job(report, whole(runs), when, timezone, whole(parameters) if parameters else None, name, str(base), tuple(options))
@@ -384,12 +386,12 @@ def write_schedule(
     for path in paths: check_schedule(path)
     return paths
 
-# %% ../../nbs/reports/schedule.ipynb #2eb02153
+# %% ../../nbs/reports/schedule.ipynb #916dbd27
 @dataclass(frozen=True)
 class Schedule:
     "What runs when on this machine."
     jobs: dict[str, Job] # by run name
-    state: Path # runs/schedule.json: what was due last, and how it went
+    state: Path # what was due last, and how it went: schedule.json among the runs; beside the schedule where they go to a store
     at_once: int
     late: timedelta
 
@@ -414,7 +416,6 @@ def read_schedule(
     found = _yaml(path)
     _only(found, ("runs", "timezone", "at_once", "late", "reports"), str(path))
     _needs(found, ("runs", "timezone", "reports"), str(path))
-    if "://" in str(found["runs"]): raise ParameterError(f"{path}: runs: a folder of this machine is meant, not {found['runs']}")
     if not isinstance(found["reports"], dict): raise ParameterError(f"{path}: reports: a mapping of run names is meant")
     at_once = found.get("at_once", 1)
     if not isinstance(at_once, int) or at_once < 1: raise ParameterError(f"{path}: at_once: {at_once!r}: a number from 1 is meant")
@@ -425,10 +426,11 @@ def read_schedule(
         try: jobs[str(name)] = job(str(entry["report"]), found["runs"], str(entry["when"]), entry.get("timezone", found["timezone"]),
                                    entry.get("parameters"), str(name), path.absolute().parent, [str(o) for o in entry.get("options", [])])
         except InputError as e: raise type(e)(f"{path}: {name}: {e}") from e
-    root = Path(next(iter(jobs.values())).runs)
-    return Schedule(jobs, root / "schedule.json", at_once, _hours(found.get("late", "24h"), path))
+    root = next(iter(jobs.values())).runs
+    state = path.with_suffix(".state.json") if is_remote(root) else Path(root) / "schedule.json"
+    return Schedule(jobs, state, at_once, _hours(found.get("late", "24h"), path))
 
-# %% ../../nbs/reports/schedule.ipynb #33aa9c4a
+# %% ../../nbs/reports/schedule.ipynb #8fd9743d
 def due_time(
     job: Job,
     last: datetime, # what was dealt with, in UTC
@@ -450,7 +452,7 @@ def missed_time(
     "The last due time that no run has followed, by the folders of the runs."
     from visrec_nb.reports.history import read_run
     begun = []
-    for folder in Path(job.runs, job.run).glob("[!.]*/manifest.json"):
+    for folder in (mirrored(job.runs) / job.run).glob("[!.]*/manifest.json"):
         with contextlib.suppress(InputError): begun.append(read_run(folder.parent).started)
     return due_time(job, max(begun) if begun else now - late, now.astimezone(UTC), late)
 
