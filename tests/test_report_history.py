@@ -303,7 +303,7 @@ def test_comparison_both_ways(tmp_path):
     assert row(near, "accuracy")["ranges"] == "overlap" and "none differs by more than chance" in near["conclusion"]
     assert there["inputs"] == {"libraries.numpy": ["1", "2"], "git.commit": ["a", None], "git.dirty": [False, None]}
     assert row(there, "gone")["words"] == "not known: only the first run has it" and row(there, "new")["difference"] is None
-    assert find_run(tmp_path / "photos") == c
+    assert find_run(tmp_path / "photos").folder == c
 
 
 def test_the_commands(tmp_path):

@@ -168,6 +168,7 @@ def test_show_as_table_and_json(template):
         "high": 100,
         "choices": [],
         "data": False,
+        "bundle": False,
         "secret": False,
     }
 

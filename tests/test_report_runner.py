@@ -598,3 +598,33 @@ def test_in_azure(tmp_path, monkeypatch):
     finally:
         server.kill()  # told politely, it waits for its connections to end
         server.wait(10)
+
+
+WRITES = """import json, pathlib
+from visrec_nb.core.bundle import new_bundle
+with new_bundle(bundle, "recommendation", {}) as folder:
+    (folder / "a.json").write_text("{}")
+pathlib.Path(out, "metrics.json").write_text(json.dumps({"n": n}))"""
+
+
+def test_a_bundle_that_a_template_writes(tmp_path):
+    make(tmp_path / "nightly.ipynb", WRITES)
+    book = nbformat.read(tmp_path / "nightly.ipynb", 4)
+    book.cells[1].source += '\nbundle: str = "none" # where it goes [bundle]'
+    nbformat.write(book, tmp_path / "nightly.ipynb")
+
+    def run(**more):
+        return run_report(tmp_path / "nightly.ipynb", tmp_path / "run", {"bundle": str(tmp_path / "b")}, if_changed=True, **more)
+
+    first = run()
+    assert set(first.manifest["bundles"]) == {"b"} and not run().fresh and not run(bundles=[tmp_path / "b"]).fresh
+    (tmp_path / "b" / "a.json").write_text("[]")
+    assert run().fresh and not run().fresh, "who touched the bundle gets a new one"
+    shutil.rmtree(tmp_path / "b")
+    assert run().fresh and (tmp_path / "b" / "a.json").read_text() == "{}"
+    book.cells[2].source = book.cells[2].source.replace("new_bundle(bundle,", "new_bundle(bundle + '2',")
+    nbformat.write(book, tmp_path / "nightly.ipynb")
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(ReportError, match="b"):
+        run()
+    assert json.loads((tmp_path / "run.failed" / "manifest.json").read_text())["status"] == "failed"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_GAP', 'PROMISES', 'head_logits', 'weights_fingerprint', 'write_classifier_bundle']
 
-# %% ../../nbs/vision/bundles.ipynb #941ffc20
+# %% ../../nbs/vision/bundles.ipynb #c14966b9
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.bundle import new_bundle
 from ..core.errors import ParameterError
-from ..data.catalog import catalog_fingerprint
+from ..data.catalog import _each_label, catalog_fingerprint
 from ..data.remote import local_file
 from .calibration import choose_thresholds, conformal_state, fit_temperature, threshold_for
 from .evaluation import log_loss, sigmoid, softmax
@@ -81,7 +81,7 @@ def _network_gap(learn: "VisionLearner", file: Path, photos: int = 8) -> float:
         vectors = model[0](seen.movedim(-1, -3)).numpy()
     return check_onnx(file, {"pixels": pixels}, vectors, MOST_GAP, lambda v: activate(head_logits(model[1], v[:, None])))
 
-# %% ../../nbs/vision/bundles.ipynb #0151d1ef
+# %% ../../nbs/vision/bundles.ipynb #d352e959
 PROMISES = (0.9, 0.95, 0.98, 0.99)
 
 def _calibration(learn: "VisionLearner", logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -123,7 +123,8 @@ def write_classifier_bundle(
     manifest: dict[str, Any] = {
         "labels": learn.labels, "multi_label": learn.multi_label, "columns": learn.columns, "seed": learn.seed,
         "data": {"fingerprint": catalog_fingerprint(learn.catalog), "train": int(train.sum()), "valid": int((~train).sum()),
-                 "skipped": learn.skipped.height, "training_views": learn.preprocessings[0].get("views", [])},
+                 "skipped": learn.skipped.height, "training_views": learn.preprocessings[0].get("views", []),
+                 "train_labels": dict(sorted(_each_label(learn.catalog.filter(train)).group_by("label").len().rows()))},
         "packages": {name: version(name) for name in ("torch", "fastai", "timm", "onnx", "onnxruntime")},
         "tried": learn.history, "training": _training_facts(learn), **facts}
     if learn.preprocessings[0]["media"] == "video": manifest["data"]["clip_seconds"] = _clip_seconds(learn)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PREDICTION_SCHEMA', 'ClassifierBundle', 'Evaluation']
 
-# %% ../../nbs/vision/predictor.ipynb #45dd6f3f
+# %% ../../nbs/vision/predictor.ipynb #df6a18b7
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,10 @@ from ..data.catalog import class_indicators, class_numbers, read_catalog
 from .calibration import answered_metrics, conformal_metrics, conformal_sets
 from .encoder import Encoder, cores, onnx_session, run_onnx
 from .evaluation import classification_metrics, multi_label_metrics, sigmoid, softmax
-from .features import Embedded, Window, embed_all, sources_of, stream_features
+from .features import Batch, Embedded, Window, embed_all, sources_of, stream_features
 from .metadata import beside, column_values
 
-# %% ../../nbs/vision/predictor.ipynb #6791cd8d
+# %% ../../nbs/vision/predictor.ipynb #064da6ac
 class ClassifierBundle:
     "A trained image or video classifier."
     def __init__(self,
@@ -138,6 +139,7 @@ class ClassifierBundle:
         top: int = 5, # how many classes to list
         coverage: float | None = None, # list instead the labels that hold the true one with this probability (conformal sets)
         reject_below: float | None = None, # leave the label empty where its score is lower
+        store: str | Path | None = None, # folder of the embedding store: what it holds of these files is not computed again
     ) -> pl.DataFrame: # path, (of parts of videos also start, seconds,) label, score, labels, scores, error: a row a file or part, in order
         "Classify files; one that cannot be read has an `error` and no label."
         if top < 1: raise InputError(f"top={top}: must be at least 1")
@@ -146,7 +148,7 @@ class ClassifierBundle:
         sources = list(sources_of(frame)) if frame is not None else [items] if isinstance(items, str | Path | Window) else list(items)
         rows: list[dict[str, Any]] = [_named(source, n) for n, source in enumerate(sources)]
         if self.columns: self.with_columns(np.zeros((0, 1, 1), np.float32), None if frame is None else frame[:0])
-        for batch in stream_features(sources, self.preprocessings, self.encoders, threads=self.threads):
+        for batch in self._batches(sources, store):
             features = self.with_columns(batch.features, None if frame is None else frame[batch.rows]) if batch.rows else batch.features
             probs = self.probabilities(features)
             sets = conformal_sets(probs, self.manifest["conformal"], coverage) if coverage is not None else [None] * len(probs)
@@ -154,6 +156,18 @@ class ClassifierBundle:
             for row, reason in batch.errors.items(): rows[row]["error"] = reason
         window = {"start": pl.Float64, "seconds": pl.Float64} if any(isinstance(source, Window) for source in sources) else {}
         return pl.DataFrame(rows, schema={"path": pl.String, **window, **PREDICTION_SCHEMA})
+
+    def _batches(self, sources: list[Any], store: str | Path | None) -> Iterator[Batch]:
+        "Features of all that can be read, a few at a time, by way of the store where there is one."
+        if store is None:
+            yield from stream_features(sources, self.preprocessings, self.encoders, threads=self.threads)
+            return
+        if any(isinstance(source, np.ndarray) for source in sources): raise ParameterError("store: is for files, not pictures")
+        named = [{"item_id": str(n)} | _named(source, n) for n, source in enumerate(sources)]
+        found = self.embed(pl.DataFrame(named, infer_schema_length=None), store)
+        rows = [int(item) for item in found.catalog["item_id"]]
+        for n in range(0, len(rows), 1024): yield Batch(rows[n:n + 1024], found.vectors(slice(n, n + 1024)), {})
+        yield Batch([], np.zeros((0, 0, 0), np.float32), {int(item): reason for item, _, reason in found.skipped.iter_rows()})
 
     def _answer(self, p: np.ndarray, chosen: Any, top: int, reject_below: float | None) -> dict[str, Any]:
         order = np.argsort(-p, kind="stable")
