@@ -107,6 +107,7 @@ def test_what_a_run_leaves(tmp_path):
         7,
         "All went well.",
     )
+    assert m["exit_status"] == 0 and m["started"] <= m["ended"]
     assert m["parameters"] == {"n": 5, "table": None, "seed": 7} and m["started"].endswith("Z") and m["seconds"] > 0 and m["git"] is None
     assert set(m["hardware"]) == {"cpu", "cores", "memory_gb", "gpu"} and len(m["key"]) == 64 and m["data"] == {} and m["bundles"] == {}
     assert (
@@ -162,7 +163,7 @@ def test_every_end_is_told_and_nothing_is_left(tmp_path, monkeypatch, code, limi
     assert (
         "This run failed" in page
         and "begun" in page
-        and run.manifest["status"] == "failed"
+        and (run.manifest["status"], run.manifest["exit_status"]) == ("failed", 1)
         and run.manifest["error"] in caught.value.args[0]
     )
     assert not sleepers(tmp_path) and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -322,7 +323,8 @@ def test_a_polite_end_keeps_what_was_done(zygote, tmp_path):
     time.sleep(0.3)
     os.kill(pid, signal.SIGTERM)
     assert ended() == 143 and whole(tmp_path / "run.failed") and "begun" in (tmp_path / "run.failed" / "index.html").read_text()
-    assert "interrupted" in json.loads((tmp_path / "run.failed" / "manifest.json").read_text())["error"]
+    told = json.loads((tmp_path / "run.failed" / "manifest.json").read_text())
+    assert "interrupted" in told["error"] and told["exit_status"] == 143
 
 
 # ---- many

@@ -72,7 +72,7 @@ def demo(
     if as_json: _print_json(found)
     else: typer.echo(str(out / "index.html"))
 
-# %% ../nbs/cli.ipynb #4dc21ee7
+# %% ../nbs/cli.ipynb #b4f914f0
 def _vectors(catalog: "pl.DataFrame", embeddings: bool, backbone: str) -> Any:
     from visrec_nb.core.files import cache_dir
     if not embeddings: return None
@@ -188,8 +188,9 @@ def data_split(
 
 def _pairs_of(path: Path) -> "pl.DataFrame": # item_id, other_item_id
     "A table of pairs from a file."
-    table = _read_items(path)
-    if table is None or not {"item_id", "other_item_id"} <= set(table.columns):
+    from visrec_nb.recsys.models import read_table
+    table = read_table(path)
+    if not {"item_id", "other_item_id"} <= set(table.columns):
         raise InputError(f"{path}: a table with item_id and other_item_id is meant")
     return table
 
@@ -274,7 +275,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #eefd83c1
+# %% ../nbs/cli.ipynb #815b42c0
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -396,31 +397,21 @@ def train_recommender(
     as_json: Json = False,
 ) -> None:
     "Train a recommender."
-    from visrec_nb import recsys
     from visrec_nb.core.bundle import require_place
     from visrec_nb.core.files import sha256_file
     from visrec_nb.data.interactions import read_interactions
     from visrec_nb.recsys.evaluation import evaluate
-    looks: dict[str, Any] = {}
-    makers = {"hybrid": lambda: recsys.Hybrid(recsys.ALS(seed=seed), **looks), "content": lambda: recsys.Content(**looks),
-              "als": lambda: recsys.ALS(seed=seed), "bpr": lambda: recsys.BPR(seed=seed),
-              "logistic_mf": lambda: recsys.LogisticMF(seed=seed), "ease": recsys.EASE, "gfcf": recsys.GFCF,
-              "item_item": recsys.ItemItem, "markov": recsys.Markov,
-              "sasrec": lambda: recsys.SASRec(seed=seed), "popularity": recsys.Popularity}
-    if model not in makers: raise ParameterError(f"--model {model}: one of {', '.join(makers)} is meant")
+    from visrec_nb.recsys.models import catalog_of, check_model, make_model, read_table
+    check_model(model, items is not None, embeddings is not None)
     require_place(out)
-    if model not in ("hybrid", "content"):
-        if embeddings: raise ParameterError(f"--model {model} knows nothing of embeddings; --embeddings goes with hybrid and content")
-    elif items is None and embeddings is None:
-        raise ParameterError(f"--model {model} needs --items FILE, the items' features, or --embeddings STORE")
-    if embeddings: looks["item_embeddings"] = _item_looks(embeddings)
+    looks = _item_looks(embeddings) if embeddings else None
     reading: dict[str, Any] = {"weight": weight, "duplicates": duplicates, "threshold": threshold, "stream": stream}
     events = read_interactions(log, half_life=half_life, min_user_events=min_user_events, min_item_events=min_item_events,
                                leave_out=("bot",) if without_bots else (), **reading)
-    catalog = _read_items(items)
-    if looks and catalog is None: catalog = _catalog_of(looks["item_embeddings"][0], events)
-    rec = makers[model]().fit(events, items=catalog)
-    if looks: _tell_looks(rec, looks["item_embeddings"][0])
+    catalog = None if items is None else read_table(items)
+    if looks and catalog is None: catalog = catalog_of(looks[0], events)
+    rec = make_model(model, seed, looks).fit(events, items=catalog)
+    if looks: _tell_looks(rec, looks[0])
     metrics = evaluate(rec, read_interactions(test_log, **reading), seed=seed) if test_log else {}
     rec.to_bundle(out, metrics=metrics, facts={"data": {"fingerprint": sha256_file(log), "events": events.height}, "seed": seed})
     if as_json: _print_json(metrics)
@@ -431,25 +422,12 @@ def _item_looks(store: Path) -> Any: # item ids and their vectors
     from visrec_nb.vision.search import gallery_vectors
     return gallery_vectors(store)
 
-def _catalog_of(ids: "pl.Series", events: "pl.DataFrame") -> "pl.DataFrame":
-    "The items of a store as a catalog, with ids of the log's type."
-    import polars as pl
-    from visrec_nb.recsys.matrix import as_ids
-    return pl.DataFrame({"item_id": as_ids(ids, as_ids(events["item_id"]).dtype).drop_nulls().unique(maintain_order=True)})
-
 def _tell_looks(rec: Any, ids: "pl.Series") -> None:
     from visrec_nb.recsys.matrix import rows_of
     _note(f"{(rows_of(rec.items, ids) >= 0).sum()} of {len(rec.items)} items have an embedding; "
           f"{(rows_of(ids, rec.items) < 0).sum()} embeddings are of no item of the log or the catalog and were left out")
 
-def _read_items(path: Path | None) -> "pl.DataFrame | None":
-    import polars as pl
-    if path is None: return None
-    if not path.is_file(): raise InputError(f"{path}: no such file")
-    try: return pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
-    except pl.exceptions.PolarsError as e: raise InputError(f"{path}: cannot be read as a table ({e})") from e
-
-# %% ../nbs/cli.ipynb #5be88b4b
+# %% ../nbs/cli.ipynb #9202dc6e
 @app.command()
 def predict(
     bundle: Annotated[Path, typer.Argument(help="A classifier's bundle.")],
@@ -458,11 +436,12 @@ def predict(
     top: Annotated[int, typer.Option(help="How many classes to list.")] = 5,
     coverage: Annotated[float | None, typer.Option(help="List the labels that hold the true one with this probability: 0.9.")] = None,
     reject_below: Annotated[float | None, typer.Option(help="Leave the label empty where its score is lower.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Keep what a network saw there: the next time costs only new files.")] = None,
     as_json: Json = False,
 ) -> None:
     "Classify files: a row a file; one that cannot be read is a row with `error`."
     from visrec_nb.serve.bundle import open_classifier
-    frame = open_classifier(bundle).predict(_items_of(paths), top, coverage, reject_below)
+    frame = open_classifier(bundle).predict(_items_of(paths), top, coverage, reject_below, store)
     if as_json: _print_json({"predictions": frame.to_dicts()})
     else: _write_table(frame, out)
     if failed := frame["error"].drop_nulls().len(): _note(f"{failed} of {frame.height} files could not be read; see the column error")

@@ -107,10 +107,10 @@ def _tell_apart(reference: np.ndarray, current: np.ndarray, seed: int, rounds: i
 
 LEAST = 20
 
-# %% ../../nbs/data/drift.ipynb #edc8cad7
+# %% ../../nbs/data/drift.ipynb #c3249312
 DRIFT_COLUMNS = {"severity": pl.String, "check": pl.String, "column": pl.String, "drift": pl.String, "effect": pl.Float64,
                  "p_value": pl.Float64, "p_adjusted": pl.Float64, "message": pl.String}
-LIMITS = {"share": (0.1, 0.25), "auc": (0.6, 0.8), "fall": (0.02, 0.05)}
+LIMITS = {"share": (0.1, 0.25), "auc": (0.6, 0.8), "fall": (0.02, 0.05), "new": (0.02, 0.1)}
 LEVELS = 50
 _NAMES = ("item_id", "path", "sha256", "source_sha256", "group", "split")
 
@@ -167,8 +167,9 @@ def _row(check: str, column: str, kind: str, found: _Compared, p: float, few: bo
     small, large = LIMITS[kind]
     drift = "none" if p >= 0.05 or found.effect < small else "small" if found.effect < large else "large"
     chance = (f"p = {p:.2g}" if p >= 0.001 else "p < 0.001") + (", underrated: the items come from few groups" if few else "")
-    size = {"auc": f"of an old and a new item, a model finds the new one in {percent(found.effect)} of the cases (guessing: {percent(0.5)})",
-            "share": f"{percent(found.effect)} of the items lie elsewhere", "fall": f"{percent(found.effect, 1)} less"}[kind]
+    told = f"of an old and a new item, a model finds the new one in {percent(found.effect)} of the cases (guessing: {percent(0.5)})"
+    size = {"auc": told, "share": f"{percent(found.effect)} of the items lie elsewhere", "fall": f"{percent(found.effect, 1)} less",
+            "new": f"at least {percent(found.effect, 1)} of the items"}[kind]
     words = f"{found.words}; " if found.words else ""
     return {"severity": "warning" if drift == "large" else "info", "check": check, "column": column, "drift": drift, "effect": found.effect,
             "p_value": found.p_value, "p_adjusted": p, "message": f"{column}: {words}{size} ({chance})"}

@@ -19,8 +19,11 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "features": ["item_features"],
     "evaluation": ["Comparison", "category_shares", "compare", "evaluate", "paired_tests", "tune"],
     "protocols": ["Protocol", "ProtocolResult", "compare_protocol", "official", "protocol", "run_protocol"],
+    "health": ["Health", "recommender_health", "retraining_gain", "training_end"],
     "off_policy": ["item_mean_rewards", "off_policy_metrics", "shown_policy"],
     "serving": ["epsilon_greedy", "freshness", "plackett_luce", "rerank_candidates", "thompson"],
     "ann": ["ItemIndex"],
+    "models": ["check_model", "make_model", "tune_by", "tune_model"],
+    "served": ["by_activity", "by_popularity", "is_it_worth_it", "newcomers", "plot_by_k", "plot_served", "quality_by_k"],
     "plots": ["plot_comparison", "plot_popularity"],
 })

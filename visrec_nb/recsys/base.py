@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Recommender', 'RecommenderBundle', 'load']
 
-# %% ../../nbs/recsys/base.ipynb #f1c455f4
+# %% ../../nbs/recsys/base.ipynb #248f6a93
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from ..core.progress import track
 from .matrix import Interactions, as_ids, best_products, from_events, rows_of, to_matrix, top_k
 from .scorers import Scorer, make_scorer, unit_rows
 
-# %% ../../nbs/recsys/base.ipynb #01e362e8
+# %% ../../nbs/recsys/base.ipynb #ff941562
 def _join(parts: list[Interactions]) -> Interactions:
     "Histories one below the other."
     offsets = np.cumsum([0, *(len(p.indices) for p in parts)])
@@ -53,6 +54,11 @@ def _pairs(named: Any, users: pl.Series, items: pl.Series, what: str) -> tuple[n
     order = np.argsort(who[there], kind="stable")
     return who[there][order], what_rows[there][order], np.isin(np.arange(len(users)), who if asked is None else rows_of(asked, users))
 
+def _newest(log: pl.DataFrame) -> datetime | None:
+    newest = log["timestamp"].max() if "timestamp" in log.columns else None
+    if not isinstance(newest, datetime): return None
+    return newest if newest.tzinfo else newest.replace(tzinfo=UTC)
+
 def _items_table(items: Any) -> pl.DataFrame | None:
     if items is None: return None
     items = items.collect() if isinstance(items, pl.LazyFrame) else items
@@ -63,7 +69,7 @@ def _items_table(items: Any) -> pl.DataFrame | None:
         raise InteractionsError(f"items: item_id {twice!r} stands in more than one row; keep one")
     return items
 
-# %% ../../nbs/recsys/base.ipynb #a5629964
+# %% ../../nbs/recsys/base.ipynb #59bb1f62
 class Recommender:
     "Base of all recommenders: a model gives `_fit`, which returns its scorer."
     scorer: Scorer
@@ -73,6 +79,7 @@ class Recommender:
     folded: Interactions | None = None # users folded in after training
     folded_vectors: np.ndarray | None = None
     _table: pl.DataFrame # the catalog, a row an item
+    trained_until: datetime | None = None # time of the newest event of the training log, where it has times
     ordered: bool = False # whether the order of a user's events counts: then histories keep it, and training wants timestamps
     ignored: int = 0 # events left out by `fold_in` because the model does not know their items
 
@@ -81,6 +88,9 @@ class Recommender:
         return {k: v for k, v in vars(self).items() if isinstance(v, int | float | str | bool) and not k.startswith("_") and k != "ignored"}
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> Scorer: raise NotImplementedError
+
+    def _borrow(self, other: "Recommender") -> None:
+        "Before `fit`: another model was trained on the very log and catalog that come; what both learn alike can be taken over from it."
 
     def _refit(self, matrix: Interactions, items: pl.DataFrame, users: np.ndarray, touched: np.ndarray) -> Scorer:
         "The scorer after new events of some user rows with some item rows; a model that can do it for less overrides this."
@@ -100,6 +110,7 @@ class Recommender:
         ids = pl.DataFrame({"item_id": self.history.items})
         table = ids if items is None else ids.join(items.with_columns(as_ids(items["item_id"], ids["item_id"].dtype)), on="item_id",
                                                    how="left", maintain_order="left")
+        self.trained_until = _newest(interactions)
         with threadpool_limits(1, "blas"): return self._ready(table, self._fit(self.history, table))
 
     def _ready(self, table: pl.DataFrame, scorer: Scorer) -> Self:
@@ -127,6 +138,7 @@ class Recommender:
             [table.with_columns(as_ids(table["item_id"], ids.dtype)), self._table], how="diagonal_relaxed").unique(
                 "item_id", keep="first", maintain_order=True)
         known = pl.DataFrame({"item_id": ids}).join(known, on="item_id", how="left", maintain_order="left")
+        self.trained_until = max(filter(None, (self.trained_until, _newest(interactions))), default=None)
         with threadpool_limits(1, "blas"):
             return self._ready(known, self._refit(self.history, known, np.unique(new_u), np.unique(new_i[events.indices])))
 
@@ -462,6 +474,7 @@ class Recommender:
         if self.titles is not None: items = items.with_columns(self.titles.alias("title"))
         about = {**(facts or {}), "model": type(self).__name__, "params": self.params(), "metrics": dict(metrics or {}),
                  "scorer": {"kind": self.scorer.kind, **self.scorer.facts()}, "n_users": len(history), "n_items": len(items)}
+        if self.trained_until: about["trained_until"] = self.trained_until.isoformat()
         with new_bundle(path, "recommendation", about) as folder:
             save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "arrays.safetensors")
             items.write_parquet(folder / "items.parquet")
@@ -475,7 +488,7 @@ def _blocks(rows: np.ndarray, width: int) -> Iterator[np.ndarray]:
     size = max(1, 16_000_000 // max(width, 1))
     for start in range(0, len(rows), size): yield rows[start:start + size]
 
-# %% ../../nbs/recsys/base.ipynb #f6785c05
+# %% ../../nbs/recsys/base.ipynb #623abf86
 class RecommenderBundle(Recommender):
     "A trained recommender read from a bundle; it cannot be trained."
     manifest: dict[str, Any]
@@ -506,6 +519,7 @@ class RecommenderBundle(Recommender):
         except (KeyError, TypeError, AttributeError) as e: raise BundleError(f"{path}: not a recommender's bundle ({e!r})") from e
         new.manifest, new.vectors, new._popularity = manifest, arrays.get("vectors"), items["popularity"].to_numpy()
         new.titles = items["title"] if "title" in items.columns else None
+        if until := manifest.get("trained_until"): new.trained_until = datetime.fromisoformat(until)
         return new
 
     def params(self) -> dict[str, Any]: return dict(self.manifest["params"])

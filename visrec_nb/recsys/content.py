@@ -20,7 +20,7 @@ from .kernels import item_sources
 from .matrix import Interactions
 from .scorers import ProfileScorer, unit_rows
 
-# %% ../../nbs/recsys/content.ipynb #b7db06d4
+# %% ../../nbs/recsys/content.ipynb #6dc3d341
 def source_blocks(
     items: pl.DataFrame, # catalog
     item_embeddings: Any = None, # as in `features.item_features`
@@ -37,12 +37,10 @@ def source_blocks(
 
 def _profile_cosines(block: np.ndarray, matrix: Interactions, users: np.ndarray, own: np.ndarray, items: np.ndarray) -> np.ndarray:
     "Cosine of items (n, 2) to the profile of each user (n,) without the item `own`."
-    sums, history = np.zeros((len(users), block.shape[1])), matrix.take(users)
-    np.add.at(sums, np.repeat(np.arange(len(users)), np.diff(history.indptr)), history.data[:, None] * block[history.indices])
-    at = np.repeat(np.arange(len(users)), np.diff(history.indptr))
-    weight = np.zeros(len(users))
-    weight[at[history.indices == own[at]]] = history.data[history.indices == own[at]]
-    profile = unit_rows(sums - weight[:, None] * block[own])
+    each, place = np.unique(users, return_inverse=True)
+    history = matrix.take(each).to_scipy().astype(np.float64)
+    weight = np.asarray(history[place, own]).reshape(-1, 1)
+    profile = unit_rows((history @ block)[place] - weight * block[own])
     return np.einsum("nd,nkd->nk", profile, block[items])
 
 def blend_weights(

@@ -232,7 +232,7 @@ def compare(
         out.seconds[name] = {"fit": fitted - start, "evaluate": time.perf_counter() - fitted}
     return out
 
-# %% ../../nbs/recsys/evaluation.ipynb #8a917089
+# %% ../../nbs/recsys/evaluation.ipynb #b60c03ee
 def tune(
     make: Callable[..., Recommender], # from settings to a model, not trained
     grid: Mapping[str, Sequence[Any]], # setting to the values to try
@@ -254,9 +254,14 @@ def tune(
         cuts.append((part, *(_new_items(part, valid, items) if only_new_items else (None, valid))))
         if by in ("time_per_user", "time", "leave_last"): rest = part
     trials, combos = [], [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    before: dict[int, Recommender] = {}
     for settings in track(combos, "tuning"):
-        start = time.perf_counter()
-        found = [user_metrics(make(**settings).fit(part, items=items), valid, int(k), allow)[1] for part, allow, valid in cuts]
+        start, found = time.perf_counter(), []
+        for cut, (part, allow, valid) in enumerate(cuts):
+            model = make(**settings)
+            if cut in before: model._borrow(before[cut])
+            before[cut] = model.fit(part, items=items)
+            found.append(user_metrics(model, valid, int(k), allow)[1])
         if metric not in found[0]: raise ParameterError(f"metric={metric!r}: one of {', '.join(found[0])} is meant")
         value = float(np.mean([values[metric].mean() for values in found]))
         trials.append({**settings, metric: value, "seconds": time.perf_counter() - start})

@@ -20,9 +20,13 @@ from .kernels import foretell, item_sources, learn_weights
 from .matrix import Interactions
 from .scorers import FactorScorer
 
-# %% ../../nbs/recsys/hybrid.ipynb #bfeab9e7
+# %% ../../nbs/recsys/hybrid.ipynb #326959c6
 class Hybrid(Recommender):
     "ALS factors, what everything known of an item makes of them, and the features themselves."
+    _own: np.ndarray # factors of the items
+    _mapped: np.ndarray # what is expected of those that are pulled to it
+    _features: np.ndarray
+
     def __init__(self,
         als: ALS | None = None, # the collaborative part; None takes ALS()
         item_embeddings: Any = None, # (ids, array), a frame with item_id and embedding, an object with for_items(ids); or a dict of such
@@ -45,12 +49,17 @@ class Hybrid(Recommender):
         self.als, self._embeddings, self._columns = als or ALS(), item_embeddings, columns
         self.dims, self.content_weight, self.shrink, self.drop_out = dims, content_weight, shrink, drop_out
         self.new_item_weight, self.new_item_content, self._weights, self._noise = new_item_weight, new_item_content, source_weights, noise
+        self._other: Hybrid | None = None
 
     def params(self) -> dict[str, Any]:
         learned = {f"weight_{k}": v for k, v in getattr(self, "learned", {}).items()}
         return {**super().params(), **{f"als_{k}": v for k, v in self.als.params().items()}, **learned}
 
-    def expected_factors(self, matrix: Interactions, items: pl.DataFrame) -> np.ndarray: # float32 (n_items, factors)
+    def expected_factors(self,
+        matrix: Interactions, # events
+        items: pl.DataFrame, # catalog, by row
+        asked: np.ndarray, # rows of the items asked for
+    ) -> np.ndarray: # float32 (len(asked), factors)
         "What everything known of the items makes of the ALS factors; `learned` tells the weights of the sources and λ."
         sources, n = item_sources(items, self._embeddings, self._columns), matrix.item_counts()
         self._known = np.any([s.there for s in sources], 0)
@@ -62,22 +71,34 @@ class Hybrid(Recommender):
         users = self.als.users_of(self._own, matrix).astype(np.float64)
         weights, noise, left = learn_weights(sources, targets, known, users.T @ users, self._weights, self._noise)
         self.learned = {**weights, "noise": noise, "left_over": left}
-        return foretell(sources, weights, targets, known, np.arange(len(self._own)), noise)
+        return foretell(sources, weights, targets, known, asked, noise)
+
+    def _borrow(self, other: Recommender) -> None:
+        def learned_by(m: Hybrid) -> tuple[Any, ...]:
+            return m.als.params(), m.drop_out, m.shrink > 0, m._weights, m._noise, m._columns
+        same = type(other) is Hybrid and other is not self and other._embeddings is self._embeddings
+        if same and learned_by(self) == learned_by(other): self._other = other # type: ignore[arg-type,assignment]
 
     def _fit(self, matrix: Interactions, items: pl.DataFrame) -> FactorScorer:
-        self._own = self.als.item_factors(matrix)
-        return self._mixed(matrix, items)
+        other, self._other = self._other, None
+        if other is None: self._own = self.als.item_factors(matrix)
+        else: self._own, self._mapped, self._known, self.learned = other._own, other._mapped, other._known, other.learned
+        return self._mixed(matrix, items, other)
 
     def _refit(self, matrix: Interactions, items: pl.DataFrame, users: np.ndarray, touched: np.ndarray) -> FactorScorer:
         self._own = self.als.updated_factors(self._own, matrix, touched)
         return self._mixed(matrix, items)
 
-    def _mixed(self, matrix: Interactions, items: pl.DataFrame) -> FactorScorer:
-        features = item_features(items, self._embeddings, self._columns, self.dims, seed=self.als.seed)
-        n, mapped = matrix.item_counts(), self.expected_factors(matrix, items)
-        used = n > 0
-        w = np.where(used, n / np.maximum(n + self.shrink, 1e-12), 0)[:, None]
+    def _mixed(self, matrix: Interactions, items: pl.DataFrame, other: "Hybrid | None" = None) -> FactorScorer:
+        if other is not None and other.dims == self.dims: self._features = other._features
+        else: self._features = item_features(items, self._embeddings, self._columns, self.dims, seed=self.als.seed)
+        n = matrix.item_counts()
+        used, w = n > 0, np.where(n > 0, n / np.maximum(n + self.shrink, 1e-12), 0)[:, None]
+        pulled = np.flatnonzero(w < 1)
+        if other is None: self._mapped = self.expected_factors(matrix, items, pulled)
+        mixed = self._own.astype(np.float64)
+        mixed[pulled] = w[pulled] * mixed[pulled] + (1 - w[pulled]) * self._mapped
         s = self.content_weight * np.where(used, 1, self.new_item_content)[:, None]
-        y = np.hstack([w * self._own + (1 - w) * mapped, *([s * features] if self.content_weight else [])])
+        y = np.hstack([mixed, *([s * self._features] if self.content_weight else [])])
         y *= np.where(used, 1, self.new_item_weight)[:, None]
         return factor_scorer(y.astype(np.float32), used, self.als.regularization, self.als.alpha, used | self._known)

@@ -18,7 +18,7 @@ from ..core.errors import ParameterError
 from .features import embedding_rows, feature_columns, gram_block, named_embeddings, text_block
 from .scorers import unit_rows
 
-# %% ../../nbs/recsys/kernels.ipynb #aba559b3
+# %% ../../nbs/recsys/kernels.ipynb #c4be6308
 @dataclass(frozen=True, eq=False)
 class Source:
     "One thing that is known of the items."
@@ -39,7 +39,7 @@ class Source:
     ) -> np.ndarray: # float32 (len(a), len(b)), 0 to 1
         "How alike items are by this source alone."
         x, y = self.rows[a], self.rows[b]
-        if self.kind == "year": return np.nan_to_num(np.exp(-(((x - y.T) / 8) ** 2) / 2)).astype(np.float32)
+        if self.kind == "year": return np.where(np.isnan(x) | np.isnan(y.T), 0, np.exp(-(((x - y.T) / 8) ** 2) / 2)).astype(np.float32)
         both = x @ y.T
         both = np.asarray(both.todense() if sp.issparse(both) else both, np.float32)
         if self.kind == "text": return both
@@ -83,7 +83,7 @@ def item_sources(
     raise ParameterError(f"nothing to describe the items with: give items= with genres, labels, texts or a year (found {items.columns}), "
                          "or item_embeddings=")
 
-# %% ../../nbs/recsys/kernels.ipynb #6c7b0e7a
+# %% ../../nbs/recsys/kernels.ipynb #f8567860
 def kernel(
     sources: Sequence[Source], # from `item_sources`
     weights: Mapping[str, float], # of each source by name; one that is missing has 0
@@ -112,19 +112,23 @@ def foretell(
     "Kernel ridge regression from items that are known to items that are asked for."
     from scipy.linalg import cho_factor, cho_solve
     known, targets = known[:most], targets[:most]
+    if not len(asked): return np.zeros((0, targets.shape[1]), np.float32)
     left = kernel(sources, weights, known, known).astype(np.float64) + noise * np.eye(len(known))
     solution = cho_solve(cho_factor(left, overwrite_a=True), targets).astype(np.float32)
-    return np.vstack([np.zeros((0, targets.shape[1]), np.float32),
-                      *(kernel(sources, weights, at, known) @ solution for at in _blocks(asked, len(known)))])
+    return np.vstack([kernel(sources, weights, at, known) @ solution for at in _blocks(asked, len(known))])
 
-# %% ../../nbs/recsys/kernels.ipynb #bb0c21b2
+# %% ../../nbs/recsys/kernels.ipynb #ad7e0654
 def left_out_errors(
     k: np.ndarray, # kernel among the items, (n, n)
     targets: np.ndarray, # shape (n, f)
     noise: float, # λ
 ) -> np.ndarray: # float64 (n, f)
     "What would be wrong about each item, had it been left out."
-    inverse = np.linalg.inv(k.astype(np.float64) + noise * np.eye(len(k)))
+    from scipy.linalg import lapack
+    a = k.astype(np.float64) + noise * np.eye(len(k))
+    lower, failed = lapack.dpotrf(a, lower=1)           # symmetric and positive: half the work
+    half = np.linalg.inv(a) if failed else lapack.dpotri(lower, lower=1)[0]
+    inverse = np.tril(half) + np.tril(half, -1).T
     return (inverse @ targets) / np.diag(inverse)[:, None]
 
 def learn_weights(

@@ -42,7 +42,7 @@ def prepare_inputs(
         with atomic_file(paths[name]) as aside: frame.write_parquet(aside)
     return paths
 
-# %% ../../nbs/reports/demo.ipynb #01249099
+# %% ../../nbs/reports/demo.ipynb #5490109c
 STAGES = ("data", "images", "videos", "recommendations", "overview")
 
 def _line(stage: str, run: Run) -> str:
@@ -67,25 +67,22 @@ def stages(
     "Run the demonstration, stage by stage."
     out = Path(out)
     paths = {name: str(path) for name, path in prepare_inputs(out / "inputs", data, small, seed).items()}
-    bundles = {name: out / "bundles" / name for name in ("images", "videos", "recommender")}
-    plans: dict[str, dict[str, Any]] = {
-        "data": {"report": "data_quality", "parameters": {"catalog": paths["photos"]}, "data": ["catalog"]},
-        "images": {"report": "image_training", "data": ["catalog"], "bundles": [bundles["images"]],
-                   "parameters": {"catalog": paths["photos"], "bundle": str(bundles["images"]), "seed": seed}},
-        "videos": {"report": "video_training", "data": ["catalog"], "bundles": [bundles["videos"]],
-                   "parameters": {"catalog": paths["clips"], "bundle": str(bundles["videos"]), "seed": seed,
-                                  "note": "These clips are synthetic: camera moves over photos, rendered by this project."}},
-        "recommendations": {"report": "recommender_comparison", "data": ["interactions", "items"], "bundles": [bundles["recommender"]],
-                            "parameters": {"interactions": paths["ratings"], "items": paths["movies"], "seed": seed,
-                                           "bundle": str(bundles["recommender"])} | ({"factors": [16]} if small else {})},
+    bundles = {name: str(out / "bundles" / name) for name in ("images", "videos", "recommender")}
+    plans: dict[str, tuple[str, dict[str, Any]]] = {
+        "data": ("data_quality", {"catalog": paths["photos"]}),
+        "images": ("image_training", {"catalog": paths["photos"], "bundle": bundles["images"], "seed": seed}),
+        "videos": ("video_training", {"catalog": paths["clips"], "bundle": bundles["videos"], "seed": seed,
+                                      "note": "These clips are synthetic: camera moves over photos, rendered by this project."}),
+        "recommendations": ("recommender_comparison", {"interactions": paths["ratings"], "items": paths["movies"], "seed": seed,
+                                                       "bundle": bundles["recommender"]} | ({"factors": [16]} if small else {})),
     }
     runs = {}
-    for stage, plan in plans.items():
-        runs[stage] = run_report(out=out / "reports" / stage, if_changed=True, **plan)
+    for stage, (report, parameters) in plans.items():
+        runs[stage] = run_report(report, out / "reports" / stage, parameters, if_changed=True)
         say(_line(stage, runs[stage]))
         yield stage, runs[stage]
     write_json(out / "metrics.json", _figures(runs))
-    run = run_report("overview", out / "reports" / "overview", {"metrics": str(out / "metrics.json")}, data=["metrics"], if_changed=True)
+    run = run_report("overview", out / "reports" / "overview", {"metrics": str(out / "metrics.json")}, if_changed=True)
     with atomic_file(out / "index.html") as aside: shutil.copyfile(run.folder / "index.html", aside)
     say(_line("overview", run))
     yield "overview", run

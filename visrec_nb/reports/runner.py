@@ -314,7 +314,7 @@ def _run_cells(plan: _Plan, folder: Path, mark: str) -> tuple["Notebook | None",
 def _import_renderer() -> None:
     with suppress(ImportError): import nbconvert # noqa: F401
 
-# %% ../../nbs/reports/runner.ipynb #b04063f1
+# %% ../../nbs/reports/runner.ipynb #85d7d52a
 def _execute(plan: _Plan, folder: Path, place: str, mark: str) -> tuple["Failure | None", dict[str, Any], BaseException | None]:
     started, began, log = datetime.now(UTC), time.monotonic(), folder / "log.txt"
     _note(log, plan.redact, f"{plan.name}: started, with {json.dumps(plan.values, ensure_ascii=False, default=str)}")
@@ -323,7 +323,8 @@ def _execute(plan: _Plan, folder: Path, place: str, mark: str) -> tuple["Failure
     failure = failure or _incomplete(plan, folder)
     manifest = plan.manifest | {
         "status": "failed" if failure else "ok", "error": _sentence(failure, plan) if failure else None, "conclusion": None, "bundles": {},
-        "started": f"{started:%Y-%m-%dT%H:%M:%SZ}", "seconds": round(time.monotonic() - began, 1),
+        "started": f"{started:%Y-%m-%dT%H:%M:%SZ}", "ended": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "seconds": round(time.monotonic() - began, 1),
         "git": git_state(plan.notebook.absolute().parent), "hardware": hardware()}
     if failure is None: manifest["bundles"] = {b.name: fingerprint(verify_bundle(b)) for b in plan.bundles}
     _note(log, plan.redact, manifest["error"] or "all cells have run")
@@ -335,6 +336,7 @@ def _execute(plan: _Plan, folder: Path, place: str, mark: str) -> tuple["Failure
             manifest |= {"status": "failed", "error": _sentence(failure, plan)}
             _note(log, plan.redact, manifest["error"])
     if not (folder / "index.html").is_file(): _write_bare_page(plan, folder, manifest)
+    manifest["exit_status"] = 0 if failure is None else 1 if stop is None else getattr(stop, "code", 130)
     manifest["files"] = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     write_json(folder / "manifest.json", manifest)
     return failure, manifest, stop

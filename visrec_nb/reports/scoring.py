@@ -58,7 +58,7 @@ def write_parts(
 
 def _height(file: Path) -> int: return int(pl.scan_parquet(file).select(pl.len()).collect().item())
 
-# %% ../../nbs/reports/scoring.ipynb #16045f4f
+# %% ../../nbs/reports/scoring.ipynb #5d5af3ac
 PART = 512
 
 def _slices(table: pl.LazyFrame, size: int) -> Iterator[pl.DataFrame]:
@@ -80,7 +80,10 @@ def _state(path: str) -> list[Any]:
     return [path, found.st_size, found.st_mtime_ns]
 
 def _predicted(model: "ClassifierBundle", rows: pl.DataFrame, top: int, store: Any) -> pl.DataFrame:
-    return model.predict(rows, top, store=store).with_columns(rows["item_id"])
+    answers = model.predict(rows, top, store=store)
+    window = [pl.Series(c, [None] * len(rows), pl.Float64) for c in ("start", "seconds") if c in rows.columns and c not in answers.columns]
+    for column in reversed(window): answers.insert_column(1, column) # where no row of this part is a part of a video
+    return answers.with_columns(rows["item_id"])
 
 def score_catalog(
     model: "ClassifierBundle", # of photos or clips
@@ -105,9 +108,14 @@ def score_catalog(
     total = -(-int(table.select(pl.len()).collect(engine="streaming").item()) // part)
     return write_parts(track(parts(), "classifying", total), out, work or _aside(asked, source))
 
-def _aside(*what: Any) -> Path: return cache_dir("scoring") / fingerprint([str(w) for w in what])[:16]
+def _aside(*what: Any) -> Path:
+    "A folder for parts in the cache; what nobody came back for in a month is removed."
+    folder = cache_dir("scoring")
+    for old in folder.glob("[0-9a-f]*"):
+        if old.stat().st_mtime < time.time() - 30 * 86400: shutil.rmtree(old, ignore_errors=True)
+    return folder / fingerprint([str(w) for w in what])[:16]
 
-# %% ../../nbs/reports/scoring.ipynb #4fe078a0
+# %% ../../nbs/reports/scoring.ipynb #1721d198
 LIST_ROWS = 200_000 # of a part
 
 def _table(path: str | Path, what: str, column: str) -> pl.Series:
@@ -116,7 +124,7 @@ def _table(path: str | Path, what: str, column: str) -> pl.Series:
     if not file.is_file(): raise InputError(f"{path}: no such file")
     try:
         if file.suffix == ".parquet": table = pl.read_parquet(file)
-        elif file.suffix == ".csv": table = pl.read_csv(file, infer_schema_length=None)
+        elif file.suffix == ".csv": table = pl.read_csv(file, infer_schema=False) # ids as they are written: 007 is not 7
         else: table = pl.DataFrame({column: [x.strip() for x in file.read_text(encoding="utf-8").splitlines() if x.strip()]})
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as {file.suffix[1:] or 'text'} ({str(e).splitlines()[0]})") from e
@@ -132,6 +140,12 @@ def _everybody(model: "Recommender") -> pl.Series:
     if model.folded is None: return known
     new = model.folded.users
     return pl.concat([known.cast(new.dtype), new.filter(rows_of(new, known) < 0)])
+
+def _as_known(ids: pl.Series, known: pl.Series) -> pl.Series:
+    "Ids in the type of those that are known, where all of them can be; each once."
+    from visrec_nb.recsys.matrix import as_ids
+    same = as_ids(ids, known.dtype)
+    return (as_ids(ids) if same.null_count() else same).unique(maintain_order=True)
 
 class Lists(NamedTuple):
     "What became of the users."
@@ -152,12 +166,11 @@ def recommend_users(
 ) -> Lists: # `out` holds user_id, rank, item_id, score, source[, title][, reason]
     "A list for each user."
     from visrec_nb.data.interactions import read_interactions
-    from visrec_nb.recsys.matrix import as_ids
     if k < 1: raise ParameterError(f"k={k}: at least 1 is meant")
     if events is not None: model = model.fold_in(read_interactions(local_file(events), extra="drop", duplicates="sum"))
-    asked = _everybody(model) if users is None else as_ids(_table(users, "users", "user_id")).unique(maintain_order=True)
+    asked = _everybody(model) if users is None else _as_known(_table(users, "users", "user_id"), _everybody(model))
     if not len(asked): raise ParameterError("the bundle holds no users: name some (users), or what they did (events)")
-    allow = None if items is None else _table(items, "items", "item_id").unique(maintain_order=True)
+    allow = None if items is None else _as_known(_table(items, "items", "item_id"), model.items)
     about = [fingerprint(getattr(model, "manifest", model.params())), visrec_nb.__version__, k, explain,
              *(None if path is None else sha256_file(local_file(path)) for path in (events, items))]
     def made(some: pl.Series) -> pl.DataFrame: return model.recommend(some, k, allow=allow, explain=explain)
@@ -168,7 +181,7 @@ def recommend_users(
     written = write_parts(track(parts, "recommending", len(starts)), out, work or _aside(about, users))
     return Lists(written, len(asked), model.ignored)
 
-# %% ../../nbs/reports/scoring.ipynb #a672142e
+# %% ../../nbs/reports/scoring.ipynb #5ac58b10
 @dataclass(frozen=True)
 class Scored:
     "What a bundle said of everything."
@@ -205,13 +218,13 @@ def score(
     from visrec_nb.serve.bundle import open_bundle
     task = read_manifest(bundle)["task"]
     wrong = {"catalog": catalog, "store": store} if task == "recommendation" else {"users": users, "events": events, "items": items}
-    if given := [name for name, value in wrong.items() if value]:
+    if given := [name for name, value in wrong.items() if value is not None]:
         kinds = ("a recommender", "a classifier") if task == "recommendation" else ("a classifier", "a recommender")
         raise ParameterError(f"{given[0]}: goes with {kinds[1]}; {bundle} is {kinds[0]}")
     model: Any = open_bundle(bundle)
     if task == "recommendation":
-        found = recommend_users(model, out, users or None, events or None, items or None, k, explain)
+        found = recommend_users(model, out, users, events, items, k, explain)
         return Scored(model, Path(out), "user", found.users, found.written, found.ignored)
-    if not catalog: raise ParameterError(f"catalog: {bundle} is a classifier; say what it should classify (a folder or a table)")
-    written = score_catalog(model, catalog, out, top, store or None)
+    if catalog is None: raise ParameterError(f"catalog: {bundle} is a classifier; say what it should classify (a folder or a table)")
+    written = score_catalog(model, catalog, out, top, store)
     return Scored(model, Path(out), "photo" if task.startswith("image") else "clip", written.rows, written)

@@ -6,7 +6,11 @@
 __all__ = ['count', 'classifier_conclusion', 'motion_conclusion', 'comparison_sentence', 'data_conclusion', 'suspects_conclusion',
            'drift_conclusion', 'log_conclusion', 'recommender_conclusion', 'taste_conclusion', 'next_steps',
            'certainty_conclusion', 'answered_conclusion', 'sets_conclusion', 'labels_conclusion', 'slices_conclusion',
-           'robustness_conclusion', 'mcnemar_conclusion']
+           'robustness_conclusion', 'mcnemar_conclusion', 'scoring_conclusion', 'lists_conclusion',
+           'verdict_conclusion', 'changes_conclusion', 'regressions_conclusion', 'decision_words', 'cost_conclusion',
+           'overview_conclusion', 'sight_conclusion', 'activity_conclusion', 'worth_conclusion', 'account_conclusion',
+           'served_conclusion', 'newcomers_conclusion', 'monitoring_conclusion', 'monitoring_steps',
+           'health_conclusion', 'health_steps']
 
 # %% ../../nbs/reports/words.ipynb #81de9150
 from collections.abc import Mapping
@@ -251,3 +255,423 @@ def mcnemar_conclusion(
     if a + b == 0: return f"It and {other} are right and wrong about the same items."
     luck = f"a split that uneven comes by chance in {100 * p:.2g} of 100 cases" if p >= 0.0001 else "chance hardly makes so uneven a split"
     return f"Only this model was right about {count(a, 'item')}, only {other} about {count(b, 'item')}; {luck}."
+
+# %% ../../nbs/reports/words.ipynb #65832624
+def scoring_conclusion(
+    facts: Mapping[str, Any], # from `answer_facts`
+    table: "pl.DataFrame", # from `answer_table`
+    thing: str = "photo", # photo, clip
+    accuracy: float | None = None, # of the bundle's own test
+    promise: int = 95, # percent
+) -> str: # two to five sentences
+    "What became of a catalog, and which answers can be taken as they are."
+    n, scored, failed = facts["items"], facts["scored"], facts["failed"]
+    if not scored: return f"**Not one of {count(n, thing)} could be read**: there is nothing to say about them."
+    files = f"{count(failed, 'file')} could not be read and {'are' if failed > 1 else 'is'} listed below"
+    start = f"**{scored:,} of {count(n, thing)}** got an answer; {files}." if failed else f"All **{count(n, thing)}** got an answer."
+    texts = [start.replace("All **1 ", "The **1 "), _usable(facts, thing, promise), _spread(table, thing)]
+    if accuracy is not None and facts["certainty"] < accuracy - 0.1:
+        texts.append(f"On average it is only {percent(facts['certainty'])} sure, though it named {percent(accuracy)} of its test {thing}s "
+                     "correctly: these are harder, or of another kind.")
+    return " ".join(filter(None, texts))
+
+def _usable(facts: Mapping[str, Any], thing: str, promise: int) -> str:
+    "Which answers can be taken as they are; nothing of a bundle that makes no promises."
+    if (share := facts.get(f"answered@{promise}")) is None: return ""
+    enough, scored = round(share * facts["scored"]), facts["scored"]
+    if not enough: return f"None of the answers is sure enough to be taken without a look, if {promise} of 100 have to be right."
+    text = (f"**{enough:,}** of the answers ({percent(share)}) can be taken without a look: of answers that sure, at least {promise} in "
+            f"100 are right, as long as these {thing}s are like those the model was tried on.")
+    return f"{text} The other {scored - enough:,} want a look." if enough < scored else text
+
+def _spread(table: "pl.DataFrame", thing: str) -> str:
+    "Whether the labels come about as often as in training; nothing where that is not known."
+    odd = table.filter("differs")
+    named = [f"**{row['label']}** is {percent(row['share'])} of the answers and was {percent(row['train_share'])} of the training {thing}s"
+             for row in odd.sort((odd["share"] - odd["train_share"]).abs(), descending=True).head(2).to_dicts()]
+    if named: return f"These {thing}s may be of another kind than those in training: {_listed(named)}. Look at some of them."
+    known = table["train_share"].null_count() < table.height
+    return f"By the answers, these {thing}s are of the kind seen in training: the labels come about as often." if known else ""
+
+def lists_conclusion(
+    facts: Mapping[str, Any], # from `list_facts`
+    k: int = 10, # length asked for
+) -> str: # two to four sentences
+    "Who gets a list, from what, and how much of the catalogue is shown."
+    words = {"known": "from what they did before the training", "folded_in": "with newer events taken into account",
+             "segment": "by the group that they belong to", "popular": "with what is popular, since nothing is known of them"}
+    got = facts["users"] - facts["without_list"]
+    by = [f"{facts[f'users_{name}']:,} {text}" for name, text in words.items() if facts.get(f"users_{name}")]
+    texts = [f"**{count(got, 'user').capitalize()}** got a list of {k}: {_listed(by)}." if got else "**Nobody got a list.**"]
+    if facts["without_list"]: texts.append(f"For {count(facts['without_list'], 'user')} nothing was left to show.")
+    short = facts["short_lists"]
+    if short: texts.append(f"{count(short, 'list').capitalize()} {'are' if short > 1 else 'is'} shorter than that.")
+    if not got: return " ".join(texts)
+    texts.append(f"Together the lists show **{percent(facts[f'coverage@{k}'])}** of the {facts['items']:,} items; the most shown "
+                 f"{percent(.01)} of the items take {percent(facts['top_1_percent'])} of the places.")
+    if facts["most_shown"] >= 0.5: texts.append(f"One item is in {percent(facts['most_shown'])} of the lists: people get much the same.")
+    if facts["users_popular"] >= 0.2 * got:
+        texts.append("For so many strangers the lists are those of a best-seller table; what they did since the training (`events`) would "
+                     "make them their own.")
+    return " ".join(texts)
+
+# %% ../../nbs/reports/words.ipynb #9dd24c58
+def _points(value: float, metric: str, plus: str = "+") -> str: # adding 0 takes the sign from a zero
+    return f"{round(100 * value, 1) + 0.0:{plus}.1f}" if metric == "accuracy" else f"{round(value, 3) + 0.0:{plus}.3f}"
+
+def _seen(found: Mapping[str, Any]) -> str: # what was seen, in a sentence
+    metric, (old, new) = found["metric"], (found[side] for side in ("champion", "challenger"))
+    low, high, gap = (_points(found[f"difference{end}"], metric) for end in ("_ci_low", "_ci_high", ""))
+    things = count(found["items"], "test photo" if found["kind"] == "image" else "test clip")
+    if metric == "accuracy":
+        return (f"Of {things}, the challenger named {percent(new[metric], 1)} rightly and the champion {percent(old[metric], 1)}: "
+                f"a difference of **{gap} percentage points** (between {low} and {high}).")
+    if metric == "map":
+        return (f"On {things}, the challenger reaches a mean average precision of {new[metric]:.3f} and the champion {old[metric]:.3f}: "
+                f"a difference of **{gap}** (between {low} and {high}).")
+    k, people = metric.partition("@")[2], "1 person" if found["items"] == 1 else f"{found['items']:,} people"
+    hits = [percent(side[f"hit_rate@{k}"], 1) for side in (new, old)]
+    return (f"Among {k} suggestions of the challenger, {hits[0]} of {people} find something that they went on to choose; among those of "
+            f"the champion, {hits[1]}. In NDCG@{k}, where higher places count more, the difference is **{gap}** "
+            f"(between {low} and {high}).")
+
+def verdict_conclusion(
+    found: Mapping[str, Any], # metrics of a `Contest`
+) -> str: # three or four sentences
+    "Whether the challenger should take the champion's place."
+    metric, bar, high = found["metric"], found["bar"], found["difference_ci_high"]
+    asked = _points(abs(bar), metric, "") + (" points" if metric == "accuracy" else "")
+    if found["verdict"] == "take":
+        why = "That is more than chance would make." if bar == 0 else f"At worst, that is within the {asked} that it may be worse."
+        if bar > 0: why = f"Also at its low end, that is more than the {asked} asked for."
+        return f"**Take the challenger.** {_seen(found)} {why}"
+    if found["verdict"] == "alike":
+        return f"**Keep the champion.** {_seen(found)} The two gave the same answers, so there is nothing to gain."
+    if found["verdict"] == "keep":
+        why = "The challenger is clearly worse." if high < 0 else f"Also at its high end, that is less than the {asked} asked for."
+        if bar < 0: why = f"That is more than the {asked} that it may be worse."
+        return f"**Keep the champion.** {_seen(found)} {why}"
+    things = {"image": "test photos", "video": "test clips", "recommender": "people"}[found["kind"]]
+    return f"**This test can't tell; {_more_text(found, things)}.** {_seen(found)} {_doubt(found, asked)} Until then, keep the champion."
+
+def _doubt(found: Mapping[str, Any], asked: str) -> str:
+    if found["units"] < 20:
+        return ("" if found["units"] == found["items"] else f"They are of {found['units']} groups. ") + "So few prove nothing."
+    if found["bar"] > 0: return f"It may be more or less than the {asked} asked for."
+    if found["bar"] < 0: return f"It may be worse by more than the {asked} that it may be, or not."
+    return "That may be chance."
+
+def _more_text(found: Mapping[str, Any], things: str) -> str:
+    more, had = found["more_needed"], found["items"]
+    if more is None or more > 100 * max(had, 20): return f"more than 100 times as many {things} would be needed"
+    least = max(more, 20 - found["units"])
+    step = 10 ** max(len(str(least)) - 2, 0)
+    return f"about {-(-least // step) * step:,} more {things} would be needed"
+
+def changes_conclusion(
+    parts: "pl.DataFrame", # from `parts_table`
+    share: bool = True, # as percentages
+    most: int = 3, # named on each side
+) -> str: # one or two sentences
+    "What becomes clearly better and what clearly worse; labels are named first."
+    import polars as pl
+    if parts.is_empty(): return "There was too little to look at parts of it."
+    def show(value: float) -> str: return percent(value) if share else f"{value:.3f}"
+    def named(row: Mapping[str, Any]) -> str:
+        name = row["slice"] if row["column"] == "label" else f"{row['column']} {row['slice']}"
+        return f"**{name}** (from {show(row['champion'])} to {show(row['challenger'])})"
+    texts = []
+    for change, order in (("worse", False), ("better", True)):
+        rows = parts.filter(change=change).sort(pl.col("column") != "label", "difference", descending=[False, order])
+        rest = f" and {rows.height - most:,} more" if rows.height > most else ""
+        if rows.height: texts.append(f"Clearly {change}: {_listed([named(row) for row in rows.head(most).to_dicts()])}{rest}.")
+    looks = f"Of {count(parts.height, 'part')} that {'were' if parts.height > 1 else 'was'} looked at, none"
+    if not texts: return f"{looks} changes clearly."
+    return " ".join(texts) + ("" if "worse" in parts["change"] else f" {looks} is clearly worse.")
+
+def regressions_conclusion(
+    found: Mapping[str, Any], # metrics of a `Contest`
+) -> str: # one or two sentences
+    "How often only one of the two was right, and how far they agree."
+    lost, won, agree = int(found["only_champion_right"]), int(found["only_challenger_right"]), percent(found["agreement"])
+    if found["kind"] == "recommender":
+        people = f"{lost:,} {'person' if lost == 1 else 'people'}"
+        return (f"{people} found something only with the champion, {won:,} only with the challenger; {agree} of the champion's suggestions "
+                f"are the challenger's too. {percent(found['better'])} of all are served better and {percent(found['worse'])} worse.")
+    thing = "photo" if found["kind"] == "image" else "clip"
+    if not lost + won: return f"Both are right and wrong about the same {thing}s, and answer {agree} of them alike."
+    return (f"{count(lost, thing).capitalize()} that the champion got right {'is' if lost == 1 else 'are'} now wrong, {won:,} that it got "
+            f"wrong {'is' if won == 1 else 'are'} now right; they answer {agree} of the {thing}s alike.")
+
+def decision_words(
+    found: Mapping[str, Any], # metrics of a `Contest`
+) -> str: # a paragraph
+    "How champion and challenger were compared, for who wants to check it."
+    kind, metric = found["kind"], {"map": "mean average precision"}.get(found["metric"], found["metric"].replace("ndcg", "NDCG"))
+    how = {"accuracy": "Tango's score interval", "map": "a bootstrap over items"}.get(found["metric"], "a bootstrap over people")
+    test = "McNemar's mid-p" if found["metric"] == "accuracy" else "that of a sign-flip test"
+    if found["units"] < found["items"] and kind != "recommender":
+        how = "the wider of Tango's score interval and a bootstrap over groups" if metric == "accuracy" else "a bootstrap over groups"
+        test = f"that of a sign-flip test over {found['units']:,} groups"
+    p = "" if found["p"] is None else f" The p value is {test}: {found['p']:.2g}."
+    seen = _points(found["findable"], found["metric"], "") + (" percentage points" if metric == "accuracy" else "")
+    same = "Both answered the same items."
+    if kind == "recommender": same = "Both made lists for the same people, from what they know of them; what a person had was left out."
+    return (f"{same} The decision follows the 95 % interval of the paired difference in {metric}, {how}, and a bar of "
+            f"{found['bar']:g} that was set before.{p} P values of parts are adjusted by Holm's method. "
+            f"A test of this size finds a true difference of {seen} in four of five cases. How many more items would be needed "
+            "follows from the paired variance seen here, and takes the difference that was seen for the true one (Lachin 1981).")
+
+def cost_conclusion(
+    costs: "pl.DataFrame", # from `costs`, champion first
+    thing: str, # photo, clip, person
+) -> str: # two sentences
+    "What the challenger costs."
+    old, new = costs.to_dicts()
+    ratio = new["milliseconds"] / old["milliseconds"]
+    apart = new["fastest"] > old["slowest"] or new["slowest"] < old["fastest"]
+    text = f"The challenger takes {new['megabytes']:.1f} MB on disk, the champion {old['megabytes']:.1f} MB."
+    if not apart: return f"{text} In time for a {thing}, no clear difference was measured here."
+    speed = f"{ratio:.1f} times as long" if ratio > 1 else f"{percent(ratio)} of the time"
+    both = f"{new['milliseconds']:.3g} instead of {old['milliseconds']:.3g} ms"
+    return f"{text} For a {thing}, it takes {speed} ({both}, measured here in turns)."
+
+# %% ../../nbs/reports/words.ipynb #3c58108b
+def overview_conclusion(
+    facts: Mapping[str, Any], # from `overview_facts`
+) -> str: # two to four sentences
+    "What a catalog holds."
+    photos, clips = facts["images"], facts["videos"]
+    what = _listed([count(n, thing) for n, thing in ((photos, "photo"), (clips, "clip")) if n])
+    labels, bare = facts.get("labels", 0), facts.get("unlabelled", facts["items"])
+    texts = [f"The catalog holds **{what}**" + (f" under **{count(labels, 'label')}**." if labels else "; none has a label.")]
+    if labels > 1:
+        small, large = facts["smallest_label"], facts["largest_label"]
+        times = f": {large / small:.0f} times as many, which a model will notice." if large > 3 * small else "."
+        texts.append(f"The largest label has {count(large, 'item')}, the smallest {small:,}{times}")
+    if labels and bare: texts.append(f"{count(bare, 'item').capitalize()} {'have' if bare > 1 else 'has'} no label.")
+    uses = {"train": "training", "valid": "validation", "test": "the test"}
+    parts = [f"{facts[part]:,} for {use}" for part, use in uses.items() if facts.get(part)]
+    if parts: texts.append(f"Set aside: {_listed(parts)}.")
+    if facts["unreadable"]:
+        n = facts["unreadable"]
+        texts.append(f"{count(n, 'file').capitalize()} of {facts['measured']:,} looked at cannot be read: `data_quality` says which.")
+    return " ".join(texts)
+
+def sight_conclusion(
+    table: "pl.DataFrame", # from `likeness_table`
+    pairs: "pl.DataFrame", # from `alike_labels`
+    facts: Mapping[str, float], # from `likeness_facts`
+    thing: str = "item", # photo, clip, item
+) -> str: # two sentences
+    "Whether labels can be told by sight, and which pair hardly."
+    if table.height < 2: return ""
+    same, common = facts["same"], facts["same_by_chance"]
+    text = f"Of the {thing}s that look most like one, **{percent(same)}** carry its label; by chance it would be {percent(common)}."
+    if same < 2 * common and same < .5: text += " The labels can hardly be told by sight: a model of the pictures alone will struggle."
+    if pairs.is_empty() or pairs["share"][0] == 0: return f"{text} No two labels look alike."
+    pair = pairs.row(0, named=True)
+    few = min(table.filter(table["label"].is_in([pair["label"], pair["other"]]))["items"].to_list())
+    text += (f" **{pair['label']}** and **{pair['other']}** look most alike: of what is nearest to {pair['label']}, "
+             f"{percent(pair['share'])} is {pair['other']}, and {percent(pair['back'])} the other way round")
+    return f"{text} (counted on few {thing}s: one of the two has only {few})." if few < 30 else f"{text}."
+
+def activity_conclusion(
+    facts: Mapping[str, Any], # from `log_facts`
+) -> str: # two or three sentences
+    "Who uses how much of what."
+    when = f" from {facts['first']} to {facts['last']}" if "first" in facts else ""
+    alone = facts["one_event_users"]
+    what = [count(facts[name], name[:-1]) for name in ("events", "users", "items")]
+    text = (f"The log holds **{what[0]}** of {what[1]} with {what[2]}{when}. "
+            f"Half of the users have {facts['events_per_user']:g} events or fewer")
+    text += f", and {percent(alone / facts['users'])} only one" if alone >= .1 * facts["users"] else ""
+    text += f"; the most used {percent(.1)} of the items hold {percent(facts['top_10_percent'])} of the events."
+    if facts.get("in_catalog") == 0: return f"{text} **None of its items is in the catalog**: the ids of the two do not fit."
+    if "catalog_used" in facts: text += f" {percent(facts['catalog_used'])} of the catalog's items occur in it."
+    return text
+
+# %% ../../nbs/reports/words.ipynb #2370b6c0
+def _hits(value: float) -> str:
+    if abs(value) < 0.0005: return "0"
+    return f"{value:.1f}" if abs(value) >= 0.95 else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.3f}"
+
+def worth_conclusion(
+    worth: Mapping[str, Any], # from `is_it_worth_it`
+) -> str: # four sentences
+    "Whether a recommender is worth using."
+    model, plain, k = worth["model"], worth["plain"], worth["k"]
+    names = {"popularity": f"the {k} most popular items hit {{}}", "random": f"{k} drawn by chance {{}}"}
+    low, high = (worth[f"hits_difference_ci_{end}"] for end in ("low", "high"))
+    other = "showing everybody what is popular" if plain == "popularity" else "chance"
+    people = count(worth["n_users"], "person").replace("persons", "people")
+    start = {"worth_using": "This model is **worth using**.", "worse": f"**Do not use this model**: it finds less than {other}.",
+             "no_better": f"This model is **no better than {other}**: keep to what is simple.",
+             "too_little_data": f"There is **too little data to say** whether this model is better than {other}: {people} in the test."}
+    there = [name for name in names if f"hits_{name}" in worth and name != model]
+    others = ", ".join(names[name].format(_hits(worth[f"hits_{name}"])) for name in there)
+    hit, least, most = (_hits(worth[f"hits_{model}{end}"]) for end in ("", "_ci_low", "_ci_high"))
+    def amount(value: float) -> str: return f"{_hits(abs(value))} {'fewer' if value < 0 else 'more'}"
+    small = ", too small to matter" if worth["verdict"] == "no_better" else ""
+    return (f"{start[worth['verdict']]} Of {k} suggestions, **{hit}** (between {least} and {most}) were something that the person went on "
+            f"to choose; {others}. Person by person that is {amount(worth['hits_difference'])} than {other} (between {amount(low)} and "
+            f"{amount(high)}){small}. No more than {_hits(worth['hits_possible'])} could be hit: so many choices were hidden.")
+
+def account_conclusion(
+    facts: Mapping[str, Any], # from `log_facts`
+    steps: "pl.DataFrame", # from `account_of`
+) -> str: # one to three sentences
+    "What a recommender learned from, and what was left out."
+    held = [count(facts[f"{thing}s"], thing) for thing in ("event", "user", "item")]
+    text = f"The log as used holds {held[0]} of {held[1]} with {held[2]}."
+    if gone := facts["events_left_out"]:
+        worst = steps.sort("left_out", descending=True, maintain_order=True).row(0, named=True)
+        share = percent(gone / facts["events_read"], 0 if gone / facts["events_read"] >= 0.01 else 1)
+        text += (f" {count(gone, 'event').capitalize()} of {facts['events_read']:,} ({share}) were left out, most of them by the step "
+                 f"\"{worst['step']}\" ({worst['left_out']:,}).")
+    else: text += " Nothing was left out."
+    if facts.get("items_not_described"):
+        text += f" Of {count(facts['items_not_described'], 'item')} of the log nothing is known but who used them."
+    return text
+
+def served_conclusion(
+    people: "pl.DataFrame", # from `by_activity`
+    items: "pl.DataFrame", # from `by_popularity`
+) -> str: # two sentences
+    "Who is served badly, and which items are hardly found."
+    worse, better = (people.filter(verdict=v) for v in ("worse", "better"))
+    named = _listed([f"{row['items']} known items ({row['n_users']:,})" for row in worse.to_dicts()])
+    if worse.height: text = f"**Badly served**: people with {named}; the most popular items would serve them better."
+    elif better.height == people.height: text = "Every group of people is served better than by popularity."
+    elif better.height:
+        rest = _listed([row["items"] for row in people.filter(verdict="no difference").to_dicts()])
+        text = f"Nobody is served worse than by popularity; for people with {rest} known items this test shows no gain."
+    else: text = "For no group of people does this test show a gain over popularity."
+    if items.height < 2: return text
+    rare, common = items.row(0, named=True), items.row(-1, named=True)
+    who = "nobody had used" if rare["users"] == "none" else f"{rare['users']} people had used"
+    def share(value: float) -> str: return percent(value, 1) if value else "none"
+    return (f"{text} Of choices of items that {who} before, {share(rare['found'])} stood in the lists; of the most used items "
+            f"({common['users']} people) {share(common['found'])}.")
+
+def newcomers_conclusion(
+    table: "pl.DataFrame", # from `newcomers`
+) -> str: # one or two sentences
+    "How somebody new is served."
+    if table.is_empty(): return "Nobody in the test is known by enough events to try how newcomers are served."
+    rows = {row["events"]: row for row in table.to_dicts()}
+    none, everything, first = rows.get(0), rows[None], [row for n, row in rows.items() if n]
+    start = f"Somebody new gets what is popular: {percent(none['hit_rate'])} find something they go on to choose. " if none else ""
+    enough = next((row for row in first if none and row["ci_low"] > none["hit_rate"]), None)
+    end = f"with all that is known of them {percent(everything['hit_rate'])}"
+    if enough: return f"{start}After {count(enough['events'], 'event')} it is {percent(enough['hit_rate'])}, {end}."
+    last = first[-1]
+    return f"{start}After {count(last['events'], 'event')} it is {percent(last['hit_rate'])}, which is not clearly more; {end}."
+
+# %% ../../nbs/reports/words.ipynb #bd246f53
+_SEEN = {"pictures": "what the pictures show", "answer": "the mix of answers", "certainty": "how sure the model is",
+         "sent_to_a_person": "how many answers go to a person", "label": "the mix of labels",
+         "items unlike all training items": "things that it has never seen"}
+
+def _differing(drift: "pl.DataFrame", size: str, most: int = 5) -> str: # such as "brightness and 2 other things"; empty: nothing
+    names = [_SEEN.get(c, c.replace("_", " ")) for c in drift.filter(drift=size)["column"] if c != "accuracy"]
+    return _listed(names[:most] + [count(len(names) - most, "other thing")] * (len(names) > most))
+
+def monitoring_conclusion(
+    metrics: Mapping[str, Any], # from `watch_classifier`
+    drift: "pl.DataFrame", # from `check_drift`
+    thing: str = "photo", # photo, clip
+) -> str: # two to five sentences
+    "What came in, whether it is like the test, and how good the answers still are."
+    n, large, small = count(metrics["items"], thing).capitalize(), _differing(drift, "large"), _differing(drift, "small")
+    if metrics["accuracy_fell"]: verdict = "The model has become worse."
+    elif large: verdict = "Somebody should look at what comes in."
+    elif small: verdict = "There is a small change: keep an eye on it."
+    elif metrics["items"] < 20: verdict = "Too little came in to say much."
+    else: verdict = "Nothing needs to be done."
+    unlike = f"they differ a little from those of the test in {small}"
+    if large: unlike = f"they are clearly other than those of the test in {large}"
+    alike = f"they are like those of the test, as far as {count(drift.height, 'comparison')} can tell"
+    text = [f"**{verdict}** {n} came in; {unlike if large or small else alike}."]
+    test = percent(metrics["reference_accuracy"])
+    if metrics["labelled"]:
+        right, some = sure(metrics, "accuracy"), count(metrics["labelled"], thing)
+        text.append(f"Of {some} that somebody labelled it named {right} correctly; in the test it was {test}.")
+    then = "" if metrics["labelled"] else f"; in the test {test} were"
+    text.append(f"Without labels, an estimated **{sure(metrics, 'estimated_accuracy')}** of the answers are right{then}.")
+    if metrics["unknown"]:
+        least, probably = percent(metrics["unknown_share_ci_low"]), percent(metrics["unknown_share"])
+        text.append(f"At least {least} (rather {probably}) look unlike all that it was trained on; the low end counts them as wrong.")
+    return " ".join(text)
+
+def monitoring_steps(
+    metrics: Mapping[str, Any], # from `watch_classifier`
+    drift: "pl.DataFrame", # from `check_drift`
+    thing: str = "photo", # photo, clip
+) -> str: # a Markdown list; one line where there is nothing to do
+    "What to do about a night's findings."
+    found, steps = set(drift.filter(drift="large")["column"]), []
+    shape, light = {"width", "height", "megapixels", "aspect"}, {"brightness", "contrast", "sharpness"}
+    if metrics["accuracy_fell"]: steps.append("Train again with the newly labelled items; until then, send more answers to a person.")
+    if found & shape: steps.append(f"The {thing}s have another size or shape: ask whether the camera or the import has changed.")
+    if found & light:
+        steps.append(f"The {thing}s are lighter, darker, flatter or more blurred than in the test: look at some, then at the camera.")
+    if metrics["unreadable"]:
+        steps.append(f"{count(metrics['unreadable'], 'file').capitalize()} could not be read; the last table lists them.")
+    if metrics["unknown"]:
+        steps.append(f"Have a person name the {thing}s most unlike the training items: a new kind gets a wrong name from the model.")
+    if found & {"answer", "label"} and not metrics["accuracy_fell"]:
+        steps.append("The mix of classes has changed: is that the season, or the source?")
+    if "sent_to_a_person" in found: steps.append("The share of answers that go to a person has changed: are there hands enough?")
+    if found & {"pictures", "certainty"} and not metrics["labelled"]:
+        steps.append(f"Have a hundred {thing}s drawn by chance labelled: only that tells how good the answers are now.")
+    if found - set(_SEEN) - shape - light - {"accuracy", "unreadable files"}:
+        steps.append("Columns of the catalog have changed; the table of comparisons says in what.")
+    return "\n".join(f"- {step}" for step in steps or ["Nothing: the next night's run looks again."])
+
+# %% ../../nbs/reports/words.ipynb #0088a76c
+def health_conclusion(
+    metrics: Mapping[str, Any], # from `recommender_health`
+    checks: "pl.DataFrame", # check, severity, message
+    period: str, # day, week, ...
+    k: int = 10, # length of the lists
+) -> str: # three to five sentences
+    "Whether a recommender is well, and what speaks for it."
+    wrong = checks.filter(severity="broken")["message"].to_list() or checks.filter(severity="warning")["message"].to_list()
+    verdict = "Train the recommender again soon." if metrics["retrain"] else "The recommender is healthy."
+    if metrics["broken"]: verdict = "Something is broken."
+    few = metrics["measured_users"] < 30
+    if few and not wrong: verdict = "There is too little to say whether the recommender is well."
+    text = [f"**{verdict}**"] + [f"{w[:1].upper()}{w[1:]}{'' if w.endswith('?') else '.'}" for w in wrong[:3]]
+    if "users" in metrics:
+        text.append(f"In the last whole {period}, {count(metrics['events'], 'event')} of {count(metrics['users'], 'user')} arrived, "
+                    f"{percent(metrics['known_event_share'])} of them on items that the model knows.")
+    if not few:
+        hit = sure(metrics, f"hit_rate@{k}")
+        people = f"Of {metrics['measured_users']:,} people whom it knows"
+        text.append(f"{people}, {hit} found something they then chose among its {k} suggestions.")
+    elif not metrics["broken"]:
+        text.append(f"{count(metrics['measured_users'], 'known user').capitalize()} chose something new: too few to judge the lists by.")
+    unclear = metrics["retrain"] and metrics.get(f"ndcg@{k}_change_ci_high", 0) >= 0
+    if f"ndcg@{k}_change" in metrics and not (few or unclear or metrics["broken"]):
+        ends = [100 * metrics[f"ndcg@{k}_change{end}"] for end in ("", "_ci_low", "_ci_high")]
+        change, low, high = (f"{end:+.0f}\N{NO-BREAK SPACE}%" for end in ends)
+        fallen = "fallen" if ends[2] < 0 else "risen" if ends[1] > 0 else "not clearly changed"
+        normal = "" if ends[2] >= 0 or metrics["retrain"] else "; some of that is normal, as easy choices come first"
+        text.append(f"Since the training the quality of its lists has {fallen} ({change}, between {low} and {high}){normal}.")
+    return " ".join(text)
+
+def health_steps(
+    checks: "pl.DataFrame", # check, severity, message
+) -> str: # a Markdown list; one line where there is nothing to do
+    "What to do about a recommender's findings."
+    found = set(checks.filter(severity="broken")["check"]) | set(checks.filter(severity="warning")["check"])
+    ids = "Compare some {0} ids of the log with those of the bundle: if they have changed, map them back, or train again."
+    decay = "Train again with the newer events, and compare both models before the change."
+    advice = {("silence", "few_events"): "Ask whoever delivers the log: events are missing.",
+              ("lost_items", "no_known_items"): ids.format("item"), ("lost_users", "no_known_users"): ids.format("user"),
+              ("unknown_items",): "Train again, so that the new items are known, or use a model that goes by content (`Hybrid`).",
+              ("decay", "fall"): decay,
+              ("drop",): "Look at what was different in the last period (a sale, a holiday, a fault) before training again."}
+    steps = [text for names, text in advice.items() if found & set(names)]
+    return "\n".join(f"- {step}" for step in steps or ["Nothing: the next run looks again."])

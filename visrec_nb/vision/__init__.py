@@ -22,11 +22,12 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "learners": ["VisionLearner", "image_learner", "video_learner"],
     "evaluation": ["classification_metrics", "confused_pairs", "multi_label_metrics", "worst_mistakes"],
     "calibration": ["choose_thresholds", "conformal_sets", "conformal_state", "fit_temperature", "reject", "threshold_for"],
-    "comparison": ["compare_classifiers", "disagreements", "items_needed", "plot_comparison"],
+    "comparison": ["compare_classifiers", "disagreements", "items_needed", "paired_share_interval", "plot_comparison"],
     "streams": ["moving_square", "pair_motion", "pair_pictures"],
     "time_use": ["accuracy_by_views", "answers_by_order", "moment_evidence", "opposites", "plot_moments"],
     "slices": ["picture_facts", "plot_slices", "slice_table"],
     "robustness": ["corrupt", "plot_corruptions", "plot_robustness", "robustness_summary", "robustness_table", "try_corruptions"],
+    "monitoring": ["estimate_accuracy", "estimate_error", "gallery_distance", "label_shift", "shifted_parts", "unknown_share"],
     "predictor": ["ClassifierBundle"],
     "timeline": ["events", "plot_timeline", "unreadable"],
 })
