@@ -18,7 +18,7 @@ from visrec_nb.recsys import EASE, Popularity, paired_tests, protocol
 from visrec_nb.recsys.evaluation import user_metrics
 from visrec_nb.reports.champion import run_contest
 from visrec_nb.reports.runner import run_report
-from visrec_nb.reports.words import changes_conclusion, verdict_conclusion
+from visrec_nb.reports.words_service import changes_conclusion, verdict_conclusion
 from visrec_nb.serve.bundle import open_bundle, open_recommender
 from visrec_nb.vision.learners import image_learner
 

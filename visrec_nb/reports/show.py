@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.figure import Figure
 
-# %% ../../nbs/reports/show.ipynb #6a0692d0
+# %% ../../nbs/reports/show.ipynb #0b13bdac
 def figure(
     fig: "Figure", # from matplotlib
     caption: str, # one sentence: what it shows
@@ -35,8 +35,8 @@ def figure(
     plt.close(fig)
     data = base64.b64encode(out.getvalue()).decode()
     text = html.escape(caption)
-    image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-    return HTML(f'<figure class="chart" tabindex="0">{image}<figcaption>{text}</figcaption></figure>')
+    image, wide = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">', " wide" * bool(fig.get_figwidth() > 7.5)
+    return HTML(f'<figure class="chart{wide}" tabindex="0">{image}<figcaption>{text}</figcaption></figure>')
 
 # %% ../../nbs/reports/show.ipynb #f40ac182
 def thumbnail(

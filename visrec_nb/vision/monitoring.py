@@ -175,7 +175,7 @@ def label_shift(
                           "share_ci_low": np.minimum(low, mixes[0]), "share_ci_high": np.maximum(high, mixes[0])})
     return table.sort(pl.col("share") - pl.col("reference"), "label", descending=[True, False])
 
-# %% ../../nbs/vision/monitoring.ipynb #950e047b
+# %% ../../nbs/vision/monitoring.ipynb #7c06324f
 def plot_estimates(
     parts: pl.DataFrame, # PARTS
     found: dict[str, float] | None = None, # from `estimate_accuracy`
@@ -215,6 +215,6 @@ def plot_mix(
     axes.set_yticks(y, shown["label"].to_list())
     axes.set_xlabel("share of the items (%)")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
