@@ -2175,6 +2175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'visrec_nb/reports/runner.py'),
                                           'visrec_nb.reports.runner._write_page': ( 'reports/runner.html#_write_page',
                                                                                     'visrec_nb/reports/runner.py'),
+                                          'visrec_nb.reports.runner._wrong_input': ( 'reports/runner.html#_wrong_input',
+                                                                                     'visrec_nb/reports/runner.py'),
                                           'visrec_nb.reports.runner.data_fingerprint': ( 'reports/runner.html#data_fingerprint',
                                                                                          'visrec_nb/reports/runner.py'),
                                           'visrec_nb.reports.runner.find_report': ( 'reports/runner.html#find_report',

@@ -570,7 +570,7 @@ def bundle_verify(bundle: Annotated[Path, typer.Argument(help="A bundle.")]) -> 
     from visrec_nb.core.bundle import verify_bundle
     typer.echo(f"{bundle}: {len(verify_bundle(bundle)['files'])} files, all as written")
 
-# %% ../nbs/cli.ipynb #6463e47d
+# %% ../nbs/cli.ipynb #2a528ee1
 @report_app.command("list")
 def report_list() -> None:
     "The report templates."
@@ -588,10 +588,10 @@ def report_show(name: Annotated[str, typer.Argument(help="A template's name, or 
             {"name": p.name, "type": p.kind, "default": p.default, "help": p.help, "low": p.low, "high": p.high, "choices": list(p.choices),
              "data": p.data, "bundle": p.bundle, "secret": p.secret} for p in known]})
         return
-    rows = [("parameter", "type", "default", "rules", "what it is for")]
-    rows += [(p.name, p.kind, repr(p.default), p.rule, p.help) for p in known]
-    widths = [max(len(row[n]) for row in rows) for n in range(4)]
-    for row in rows: typer.echo("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+    rows = [("parameter", "type", "default", "what it is for [rules]")]
+    rows += [(p.name, p.kind, repr(p.default), f"{p.help} [{p.rule}]" if p.rule else p.help) for p in known]
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    for row in rows: typer.echo("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]).rstrip())
 
 @report_app.command("run")
 def report_run(

@@ -255,7 +255,7 @@ def _checks(table: pl.DataFrame, rows: pl.DataFrame, line: _Found, gain: _Found,
     rank = pl.col("severity").replace_strict({"broken": 0, "warning": 1, "ok": 2}, return_dtype=pl.Int8)
     return pl.DataFrame(judged, schema, orient="row").sort(rank, maintain_order=True)
 
-# %% ../../nbs/recsys/health.ipynb #5bc2541f
+# %% ../../nbs/recsys/health.ipynb #e55b5bf0
 @dataclass
 class Health:
     "A recommender over time."
@@ -287,8 +287,9 @@ def recommender_health(
     after = log.filter(later)
     if after.is_empty():
         moment = end or since
-        raise InteractionsError(f"no events after {moment:%Y-%m-%d %H:%M}, when the training ended: there is nothing to watch yet; give "
-                                "a newer log, or say with `since` from where on to look")
+        why = f", and it should reach to {until:%Y-%m-%d}: ask whoever delivers it; or" if until else ": there is nothing to watch yet;"
+        raise InteractionsError(f"the log has no events after {moment:%Y-%m-%d %H:%M}, when the training ended{why} give a newer log, or "
+                                "say with `since` from where on to look")
     cut, table, name = with_periods(after, period, until)
     if last: table = table.tail(last)
     rows, lists, facts = [], {}, []

@@ -238,8 +238,8 @@ def own_rules(
     file = mirrored(root) / "alerts.yaml"
     return read_rules(file) if file.is_file() else []
 
-# %% ../../nbs/reports/history.ipynb #6957c56e
-SHARES = ("accuracy", "precision", "recall", "f1", "hit_rate", "coverage", "share", "exact_match")
+# %% ../../nbs/reports/history.ipynb #54fe8303
+SHARES = ("answered", "accuracy", "precision", "recall", "f1", "hit_rate", "coverage", "share", "exact_match")
 
 def _is_share(name: str) -> bool: return name.rpartition(".")[2].partition("@")[0].endswith(SHARES)
 

@@ -216,7 +216,7 @@ def run_report(
         try: return _to_place(plan, target, target, place)
         finally: prune(runs or "", run_name, keep, keep_days)
 
-# %% ../../nbs/reports/runner.ipynb #ff0c397a
+# %% ../../nbs/reports/runner.ipynb #203b8e49
 @contextmanager
 def _scratch(place: str | Path, collection: bool) -> Iterator[Path]:
     "A folder aside for the run to a place."
@@ -258,17 +258,19 @@ def _to_place(plan: _Plan, place: str | Path, failed: str | Path, locked: str | 
     raise _as_raised(failure, plan, run)
 
 def _as_raised(failure: "Failure", plan: _Plan, run: Run) -> VisrecError:
-    from visrec_nb.core import errors
-    kind, report, message = getattr(errors, failure.kind, None), plan.notebook.stem, plan.redact.text(failure.message)
-    wrong_input = isinstance(kind, type) and issubclass(kind, InputError)
-    error: Any = InputError(f"{report}: {message}") if wrong_input else ReportError(
-        f"{report}: {_sentence(failure, plan)} (see {join(run.place, 'index.html')})")
+    told = f"{plan.notebook.stem}: {_sentence(failure, plan)}"
+    error: Any = InputError(told) if _wrong_input(failure) else ReportError(f"{told} (see {join(run.place, 'index.html')})")
     error.run = run
     return error
 
+def _wrong_input(failure: "Failure") -> bool:
+    from visrec_nb.core import errors
+    kind = getattr(errors, failure.kind, None)
+    return isinstance(kind, type) and issubclass(kind, InputError)
+
 def _sentence(failure: "Failure", plan: _Plan) -> str:
-    own = failure.kind in ("Timeout", "DeadKernel", "NoKernel", "Interrupted", "Incomplete")
-    return plan.redact.text(failure.message if own else f"failed with {failure.kind}: {failure.message}")
+    whole = failure.kind in ("Timeout", "DeadKernel", "NoKernel", "Interrupted", "Incomplete") or _wrong_input(failure)
+    return plan.redact.text(failure.message if whole else f"failed with {failure.kind}: {failure.message}")
 
 # %% ../../nbs/reports/runner.ipynb #0068ecb2
 own_process = False # the command line sets it: then papermill may be imported without its doors to object stores, which takes seconds
