@@ -93,6 +93,17 @@ def test_a_column_that_is_not_there_is_told(photos, bundle, tmp_path):
     with pytest.raises(InputError, match="no column 'colour'"): run_report("image_evaluation", tmp_path / "r", given | {"slices": "colour"})
 
 
+def test_photos_without_a_test_part_are_not_tested_on_what_was_learned(tmp_path):
+    "Labels dealt at random cannot be known: who tests on what was learned would see far more than chance."
+    few = clothing().filter(pl.col("label").is_in(CLASSES)).sort("item_id").gather_every(2)
+    draw = np.random.default_rng(3)
+    write_catalog(few.drop("split").with_columns(label=pl.Series(draw.permutation(np.resize(CLASSES, len(few))))), tmp_path / "c.parquet")
+    run = run_report("image_training", tmp_path / "report", {"catalog": str(tmp_path / "c.parquet"), "bundle": str(tmp_path / "b")})
+    data = json.loads((tmp_path / "b" / "manifest.json").read_text())["data"]
+    assert run.metrics["items"] + data["train"] + data["valid"] == len(few) and run.metrics["items"] < 0.2 * len(few)
+    assert run.metrics["accuracy_ci_low"] < 1 / 3 and "had no test part" in words(run) and "do not use it" in words(run)
+
+
 def test_the_training_report_trains_the_whole_network_where_epochs_are_asked_for(photos, tmp_path):
     few = pl.concat([photos.filter(label=c, split=part)[:4] for c in CLASSES for part in ("train", "valid", "test")])
     write_catalog(few, tmp_path / "catalog.parquet")

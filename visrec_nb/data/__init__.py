@@ -20,5 +20,6 @@ __getattr__, __dir__, __all__ = lazy.attach(__name__, submod_attrs={
     "rules": ["CatalogFacts", "as_catalog", "media_kind"],
     "samples": ["MovieLens", "camera_moves", "clothing", "movielens", "sample_data"],
     "segments": ["Segmented", "segment_videos"],
-    "splits": ["fold_catalog", "group_alike", "group_from_names", "leaks", "refuse_leaks", "repair_leaks", "split_catalog", "use_fold"],
+    "splits": ["fold_catalog", "group_alike", "group_from_names", "leaks",
+               "refuse_leaks", "repair_leaks", "split_catalog", "use_fold", "with_test_part"],
 })

@@ -196,7 +196,7 @@ def _inverse(move: np.ndarray) -> np.ndarray:
     scale = 1 / (1 + move[:, 1::2])
     return np.stack([-move[:, 0] * scale[:, 0], scale[:, 0] - 1, -move[:, 2] * scale[:, 1], scale[:, 1] - 1], 1)
 
-# %% ../../nbs/data/duplicates.ipynb #22b9b6be
+# %% ../../nbs/data/duplicates.ipynb #8e812892
 class _Found(NamedTuple):
     "Pairs of pictures that agree."
     first: np.ndarray # int64 (P,)
@@ -216,6 +216,7 @@ def _look(p: Pictures, i: np.ndarray, j: np.ndarray, near: float) -> _Found:
     coarse_a, coarse_b = (_blur(_boxes(x, GREY // 2)) for x in (a, b))
     move = _align(coarse_a, coarse_b, looks.move)
     rest = np.flatnonzero(_agreement(coarse_a, coarse_b, move) >= near - .13)
+    if not len(rest): return _Found(i[:0], j[:0], np.empty(0, np.float32), np.empty(0, bool), np.empty((0, 4), np.float32))
     a, b, move, looks = _blur(a[rest]), _blur(b[rest]), move[rest], _Looks(*(column[rest] for column in looks))
     move = _align(a, b, move)
     similarity = _agreement(a, b, move)

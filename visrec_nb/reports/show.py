@@ -111,7 +111,7 @@ def _cell(value: Any, number: bool, form: str | Callable[[Any], str]) -> str:
     sort = f' class=number data-value="{value}"' if number and value is not None else ""
     return f"<td{sort}>{html.escape(text)}</td>"
 
-# %% ../../nbs/reports/show.ipynb #6399fce2
+# %% ../../nbs/reports/show.ipynb #14bbc932
 def metrics_table(
     models: Mapping[str, Mapping[str, float]], # name -> metrics with their intervals
     names: Mapping[str, str], # metric -> format such as ".3f"
@@ -119,6 +119,7 @@ def metrics_table(
 ) -> "HTML":
     "A row a model, a column a metric: value and 95 % interval."
     def text(metrics: Mapping[str, float], name: str, form: str) -> str:
+        if metrics.get(name) is None: return "–"
         value, low, high = (format(metrics[name + end], form) for end in ("", "_ci_low", "_ci_high"))
         return (value if low == high else f"{value} ({low} to {high})").replace("%", "\N{NO-BREAK SPACE}%")
     rows = [{"model": model} | {name: text(metrics, name, form) for name, form in names.items()} for model, metrics in models.items()]
