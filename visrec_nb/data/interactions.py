@@ -255,7 +255,7 @@ def read_interactions(
     if not df.height: raise InteractionsError(f"{where}: nothing is left with {threshold=}, {min_user_events=} and {min_item_events=}")
     return df
 
-# %% ../../nbs/data/interactions.ipynb #286c9a59
+# %% ../../nbs/data/interactions.ipynb #1eec2a36
 def _last_per_user(df: pl.DataFrame, count: pl.Expr) -> pl.Series:
     "Whether a row is among the last `count` of its user, by time, then item id."
     order = df.select(pl.struct("timestamp", "item_id").rank("ordinal", descending=True).over("user_id").alias("from_end"),
@@ -294,7 +294,7 @@ def split_interactions(
     if by not in kinds: raise ParameterError(f"by={by!r}: one of {', '.join(kinds)} is meant")
     if not 0 < test_fraction < 1: raise ParameterError(f"test_fraction={test_fraction}: a number between 0 and 1 is meant")
     if by in ("time_per_user", "time", "leave_last") and "timestamp" not in df.columns:
-        raise InteractionsError(f"by={by!r} needs a column 'timestamp'; give one, or choose by='random' and say so beside the result")
+        raise InteractionsError(f"by={by!r} needs a column 'timestamp'; give one, or take 'random' instead and say so beside the result")
     if at is not None and by != "time": raise ParameterError(f"at={at!r} goes with by='time', not with by={by!r}")
     if by == "time_per_user": test = _last_per_user(df, _count(test_fraction))
     elif by == "leave_last": test = _last_per_user(df, pl.lit(1))

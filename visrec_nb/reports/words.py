@@ -47,10 +47,11 @@ def comparison_sentence(
     if high < 0: return f"{first} is worse than {other} {numbers}."
     return f"Between {better} and {other} this test shows no clear difference {numbers}."
 
-# %% ../../nbs/reports/words.ipynb #3805cd22
+# %% ../../nbs/reports/words.ipynb #73c7096f
 def data_conclusion(
     facts: Mapping[str, Any], # from `check_catalog`: items, unreadable, exact_duplicates, near_duplicates, leaks, ...
     thing: str = "photo", # photo, clip
+    tested: bool = True, # whether the catalog has a test part
 ) -> str: # two or three sentences
     "What the checks of a catalog say."
     problems = []
@@ -60,6 +61,7 @@ def data_conclusion(
                         "model look better than it is; the training copies were left out")
     if facts["label_conflicts"]: problems.append(f"{count(facts['label_conflicts'], 'identical file')} carried different labels")
     start = f"{count(facts['items'], thing).capitalize()} were checked."
+    if not problems and not tested: return f"{start} All could be read. None is set aside for a test yet."
     if not problems: return f"{start} All could be read, and none of the test {thing}s was found among the training {thing}s."
     return f"{start} " + "; ".join(problems)[:1].upper() + "; ".join(problems)[1:] + "."
 

@@ -15,7 +15,7 @@ from .words import count, listed
 
 if TYPE_CHECKING: import polars as pl
 
-# %% ../../nbs/reports/words_recommenders.ipynb #cc2dc257
+# %% ../../nbs/reports/words_recommenders.ipynb #e18abbc6
 def recommender_conclusion(
     models: Mapping[str, Mapping[str, Any]], # name -> metrics, with the plain one called `popularity`
     k: int = 10, # length of the lists
@@ -24,7 +24,7 @@ def recommender_conclusion(
     best = max(models, key=lambda name: models[name][f"ndcg@{k}"])
     metrics, plain = models[best], models["popularity"]
     users, hit = f"{int(metrics['n_users']):,} people", sure(metrics, f"hit_rate@{k}")
-    text = (f"For {users}, the last part of what they chose was hidden and then predicted. "
+    text = (f"For {users}, a part of what they chose was hidden and then predicted. "
             f"With **{best}**, {hit} of them find at least one of it among {k} suggestions")
     if best == "popularity":
         return f"With the most popular items for everybody, {hit} of {users} find something they went on to choose; no model did better."
