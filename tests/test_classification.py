@@ -1,11 +1,11 @@
 """Image classifiers as users meet them: through the command line and the package, with good and with bad input."""
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import helpers
 import numpy as np
 import polars as pl
 import pytest
@@ -55,8 +55,7 @@ def bundle(learn, tmp_path_factory):
 
 
 def visrec(*arguments):
-    command = [sys.executable, "-c", "from visrec_nb.cli import main; main()", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = helpers.visrec(*arguments)
     assert run.returncode == 0, run.stderr
     return run
 

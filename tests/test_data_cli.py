@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import polars as pl
 import pytest
@@ -17,8 +18,7 @@ from sklearn.datasets import load_sample_image
 
 def visrec(*args, status=0):
     "What a command prints; `status` is the exit status that it must have."
-    code = "from visrec_nb.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+    done = helpers.visrec(*args)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import polars as pl
 import pytest
 
@@ -20,9 +21,7 @@ pytestmark = pytest.mark.slow
 
 def visrec(*args, cache, cwd=ROOT, **options):
     "Run the command as a shell would."
-    command = [sys.executable, "-c", "from visrec_nb.cli import main; main()", *map(str, args)]
-    env = {**os.environ, "VISREC_CACHE": str(cache), "VISREC_PROGRESS": "0"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False, **options)
+    return helpers.visrec(*args, cwd=cwd, env={**os.environ, "VISREC_CACHE": str(cache), "VISREC_PROGRESS": "0"}, **options)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Scoring everything: files that cannot be read, a run that is killed, other data than in training, users of every kind."""
 
-import html
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from helpers import page_words
 from visrec_nb.core.errors import InputError
 from visrec_nb.core.files import cache_dir
 from visrec_nb.data.catalog import write_catalog
@@ -29,13 +28,6 @@ from visrec_nb.vision.learners import image_learner
 from visrec_nb.vision.predictor import ClassifierBundle
 
 CLASSES = ["hat", "pants", "shoes"]
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +60,7 @@ def shop(photos, tmp_path):
 def test_a_catalog_is_scored_and_what_failed_is_counted(shop, bundle, tmp_path):
     given = {"bundle": str(bundle), "catalog": str(shop / "catalog.csv"), "examples": 2, "store": str(tmp_path / "store")}
     run = run_report("batch_scoring", tmp_path / "report", given)
-    table, text = pl.read_parquet(run.folder / "predictions.parquet"), words(run)
+    table, text = pl.read_parquet(run.folder / "predictions.parquet"), page_words(run)
     assert table.columns == ["path", "label", "score", "labels", "scores", "error", "item_id"]
     assert table["item_id"].to_list() == [f"no. {n:02}" for n in range(60)] + ["no. gone"] # all of them, in the catalog's order
     bad = table.filter(pl.col("error").is_not_null())
@@ -95,10 +87,10 @@ def test_other_photos_than_in_training_are_told(shop, bundle, tmp_path):
     for n in range(40): (shop / f"{n:02}.jpg").unlink()
     (shop / "catalog.csv").unlink()
     run = run_report("batch_scoring", tmp_path / "report", {"bundle": str(bundle), "catalog": str(shop), "examples": 0, "promise": 90})
-    assert "at least 90 in 100 are right" in words(run)
+    assert "at least 90 in 100 are right" in page_words(run)
     assert (run.metrics["items"], run.metrics["failed"]) == (20, 0) and run.metrics["label_shift"] > 0.5
-    assert "All 20 photos got an answer" in words(run) and "may be of another kind than those in training: shoes is" in words(run)
-    assert "Every file could be read" in words(run) and "come about as often" not in words(run)
+    assert "All 20 photos got an answer" in page_words(run) and "may be of another kind than those in training: shoes is" in page_words(run)
+    assert "Every file could be read" in page_words(run) and "come about as often" not in page_words(run)
 
 
 KILLED = """import sys
@@ -148,7 +140,7 @@ def test_users_of_every_kind_get_lists(films, tmp_path):
     (tmp_path / "users.txt").write_text("".join(f"{n}\n" for n in range(1, 101)))
     given = {"bundle": str(bundle), "users": str(tmp_path / "users.txt"), "events": str(tmp_path / "since.csv"), "k": 5, "explain": True}
     run = run_report("batch_scoring", tmp_path / "report", given)
-    table, text, m = pl.read_parquet(run.folder / "predictions.parquet"), words(run), run.metrics
+    table, text, m = pl.read_parquet(run.folder / "predictions.parquet"), page_words(run), run.metrics
     assert table.columns == ["user_id", "rank", "item_id", "score", "source", "title", "reason"] and table.height == 500
     assert (m["users"], m["users_known"], m["users_folded_in"], m["users_popular"], m["without_list"]) == (100, 80, 10, 10, 0)
 
@@ -174,7 +166,7 @@ def test_everybody_of_a_bundle_and_only_what_is_in_stock(films, tmp_path):
     had = movielens().ratings.filter(pl.col("item_id").is_in([296, 318, 356, 593]), pl.col("user_id") > 20)
     per_user = had.group_by("user_id").len()
     assert run.metrics["without_list"] == (per_user["len"] == 4).sum() and run.metrics["short_lists"] == (per_user["len"] < 4).sum()
-    assert "nothing was left to show" in words(run)
+    assert "nothing was left to show" in page_words(run)
 
 
 def test_ids_are_taken_as_they_are_written(tmp_path):
@@ -223,7 +215,7 @@ def test_clips_and_parts_of_videos(tmp_path):
         assert table["label"].equals(wanted["label"]) and (table["score"] - wanted["score"]).abs().max() < 1e-5
     write_catalog(todo, tmp_path / "todo.parquet")
     run = run_report("batch_scoring", tmp_path / "report", {"bundle": str(tmp_path / "moves"), "catalog": str(tmp_path / "todo.parquet")})
-    assert run.metrics["scored"] == 6 and "All 6 clips got an answer" in words(run) and "surest" in words(run)
+    assert run.metrics["scored"] == 6 and "All 6 clips got an answer" in page_words(run) and "surest" in page_words(run)
 
 
 def test_several_labels_an_item(tmp_path):

@@ -1,12 +1,12 @@
 """A first look at a catalog: what is counted, what looks alike, and who uses it, with labels that were split by chance to look alike."""
 
-import html
 import re
 
 import numpy as np
 import polars as pl
 import pytest
 
+from helpers import page_words
 from visrec_nb.core.errors import InputError
 from visrec_nb.core.seeds import rng
 from visrec_nb.data.catalog import write_catalog
@@ -15,13 +15,6 @@ from visrec_nb.data.overview import drawn, file_facts
 from visrec_nb.data.samples import clothing
 from visrec_nb.media.render import render_move
 from visrec_nb.reports.runner import run_report
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +32,7 @@ def test_labels_that_look_alike_are_named(wardrobe, tmp_path):
     log.write_csv(tmp_path / "log.csv")
     given = {"catalog": str(tmp_path / "catalog.parquet"), "interactions": str(tmp_path / "log.csv"), "labels": 4, "variations": 1}
     run = run_report("catalog_overview", tmp_path / "report", given)
-    m, text = run.metrics, words(run)
+    m, text = run.metrics, page_words(run)
     counts = dict(wardrobe["label"].value_counts().rows())
     assert m["items"] == len(wardrobe) and m["labels"] == 4 and m["largest_label"] == max(counts.values()) and m["unreadable"] == 0
     assert m["median_width"] == wardrobe["width"].median() and m["median_height"] == wardrobe["height"].median()
@@ -63,8 +56,8 @@ def test_labels_that_say_nothing_are_told(wardrobe, clothing_vectors, tmp_path):
     assert abs(np.diagonal(found.share) - 0.5).max() < 0.1
     write_catalog(dealt, tmp_path / "catalog.parquet")
     run = run_report("catalog_overview", tmp_path / "report", {"catalog": str(tmp_path / "catalog.parquet"), "labels": 0})
-    assert run.metrics["same"] == pytest.approx(0.5, abs=0.1) and "The labels can hardly be told by sight" in words(run)
-    assert "as it was not asked for: an interaction log" in words(run)
+    assert run.metrics["same"] == pytest.approx(0.5, abs=0.1) and "The labels can hardly be told by sight" in page_words(run)
+    assert "as it was not asked for: an interaction log" in page_words(run)
 
 
 def test_typical_pictures_are_near_the_mean_and_variations_are_not(clothing_vectors):
@@ -89,7 +82,7 @@ def test_photos_clips_and_a_torn_file(wardrobe, tmp_path):
     catalog.write_csv(tmp_path / "mixed.csv")
     given = {"catalog": str(tmp_path / "mixed.csv"), "embeddings": False}
     run = run_report("catalog_overview", tmp_path / "report", given)
-    m, text = run.metrics, words(run)
+    m, text = run.metrics, page_words(run)
     assert (m["images"], m["videos"], m["unreadable"], m["groups"], m["largest_group"]) == (7, 2, 1, 8, 2) and "labels" not in m
     assert m["median_seconds"] == pytest.approx(1.0, abs=0.1) and "same" not in m
     assert "7 photos and 2 clips ; none has a label" in text and "1 file of 9 looked at cannot be read" in text

@@ -11,9 +11,11 @@ import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import helpers
 import pytest
 
 from visrec_nb.core.errors import InputError, ParameterError
@@ -40,9 +42,7 @@ def a_run(root, n, run="photos", metrics=None, failed=None, **more) -> Path:
     return folder
 
 
-def visrec(*args) -> subprocess.CompletedProcess:
-    code = "from visrec_nb.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False, timeout=60)
+visrec = partial(helpers.visrec, timeout=60)
 
 
 def rows(root) -> list[tuple]:

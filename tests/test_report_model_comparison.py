@@ -1,7 +1,5 @@
 """Champion against challenger: better, worse and the same, with planted faults that have to come out."""
 
-import html
-import re
 import shutil
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
+from helpers import page_words
 from visrec_nb.core.errors import InputError
 from visrec_nb.core.files import cache_dir, write_json
 from visrec_nb.data.catalog import write_catalog
@@ -23,13 +22,6 @@ from visrec_nb.serve.bundle import open_bundle, open_recommender
 from visrec_nb.vision.learners import image_learner
 
 CLASSES = ["dress", "hat", "pants", "shoes"]
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def compare(folder, out, champion, challenger, source, **given):
 @pytest.mark.slow
 def test_photos_a_clearly_better_challenger_and_the_other_way_round(photos, tmp_path):
     run = compare(photos, tmp_path / "r", "bad", "good", "catalog.parquet", slices="camera", timed=2)
-    found, text = run.metrics, words(run)
+    found, text = run.metrics, page_words(run)
     assert found["verdict"] == "take" and run.manifest["conclusion"].startswith("Take the challenger.")
     only = found["only_challenger_right"], found["only_champion_right"]
     assert found["difference"] == pytest.approx((only[0] - only[1]) / found["items"])
@@ -76,7 +68,7 @@ def test_photos_a_clearly_better_challenger_and_the_other_way_round(photos, tmp_
     assert "Clearly better" not in back.manifest["conclusion"]
     assert back.metrics["difference"] == pytest.approx(-found["difference"]) and back.metrics["agreement"] == found["agreement"]
     assert back.metrics["difference_ci_low"] == pytest.approx(-found["difference_ci_high"]) and back.metrics["p"] == found["p"]
-    assert "hat, now taken for shoes" in words(back) and "as it was not asked for" in words(back)
+    assert "hat, now taken for shoes" in page_words(back) and "as it was not asked for" in page_words(back)
 
 
 def test_photos_the_same_model_and_a_test_that_cannot_tell(photos, tmp_path):
@@ -146,7 +138,7 @@ def test_several_labels_a_photo(photos, tmp_path):
     write_catalog(catalog, tmp_path / "sheets.parquet")
     (tmp_path / "test7.jpg").write_bytes(b"not a photo")
     run = compare(tmp_path, tmp_path / "r", "good", "bad", "sheets.parquet")
-    found, text = run.metrics, words(run)
+    found, text = run.metrics, page_words(run)
     assert found["metric"] == "map" and found["items"] == 29 and found["skipped"] == 1 and "test7" in text
     assert found["difference"] == pytest.approx(found["challenger"]["map"] - found["champion"]["map"]) and found["p"] is None
     assert found["verdict"] == "keep" and "a mean average precision of" in run.manifest["conclusion"]
@@ -172,7 +164,7 @@ def films(tmp_path_factory):
 
 def test_recommenders_both_ways_round(films, tmp_path):
     run = compare(films, tmp_path / "r", "popularity", "ease", "test.parquet", timed=5)
-    found, text, test = run.metrics, words(run), pl.read_parquet(films / "test.parquet")
+    found, text, test = run.metrics, page_words(run), pl.read_parquet(films / "test.parquet")
     truth = {name: user_metrics(open_recommender(films / name), test, 10)[1] for name in ("popularity", "ease")}
     row = paired_tests(truth, "ndcg@10", against="popularity", seed=42).row(0, named=True)
     assert (found["verdict"], found["difference"], found["p"]) == ("take", row["difference"], row["p_value"])
@@ -213,6 +205,6 @@ def test_recommenders_over_different_catalogues_are_compared_on_what_both_know(f
     known = open_recommender(tmp_path / "few").items
     assert found["items_in_common"] == len(known) and found["events"] == test.filter(pl.col("item_id").is_in(known.implode())).height
     assert found["events"] + found["events_of_other_items"] == test.height
-    assert f"the {len(known):,} that both know, so nothing is said of the others" in words(run)
+    assert f"the {len(known):,} that both know, so nothing is said of the others" in page_words(run)
     with pytest.raises(InputError, match="no event is left to predict"):
         run_contest(films / "ease", tmp_path / "few", films / "train.parquet")

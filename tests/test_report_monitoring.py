@@ -1,8 +1,6 @@
 """The nightly watch of a classifier and of a recommender: quiet nights are quiet, planted faults are found, and the page says so."""
 
-import html
 import json
-import re
 from datetime import UTC, datetime
 
 import numpy as np
@@ -10,6 +8,7 @@ import polars as pl
 import pytest
 from PIL import Image, ImageFilter
 
+from helpers import page_words
 from visrec_nb.core.errors import CatalogError, InteractionsError, ParameterError
 from visrec_nb.core.files import cache_dir, write_json
 from visrec_nb.core.seeds import rng
@@ -26,13 +25,6 @@ from visrec_nb.vision.predictor import ClassifierBundle
 
 STORE = cache_dir("embeddings")
 CLASSES = ["dress", "hat", "longsleeve", "pants", "shirt"]
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +158,7 @@ def test_the_report_of_a_bad_night(photos, model, tmp_path):
     write_catalog(bad, tmp_path / "bad.parquet")
     given = {"bundle": str(model.path), "reference": str(tmp_path / "reference.parquet"), "current": str(tmp_path / "bad.parquet")}
     run = run_report("monitoring", tmp_path / "report", given | {"time": "day", "spoiled": 10})
-    text = words(run)
+    text = page_words(run)
     assert run.manifest["conclusion"].startswith("The model has become worse.") and "brightness" in run.manifest["conclusion"]
     assert run.metrics["accuracy_fell"] == run.metrics["drifted"] == 1 and run.metrics["unreadable"] == 3
     assert "3 files could not be read" in text and "By day" in text and "nan" not in text.split()
@@ -186,7 +178,7 @@ def test_the_report_of_a_quiet_night(photos, model, tmp_path):
     again = watch_classifier(model, given["reference"], given["current"], store=STORE, spoiled=0, seed=42)
     write_json(tmp_path / "again.json", again.metrics)
     assert (run.folder / "metrics.json").read_bytes() == (tmp_path / "again.json").read_bytes()
-    text = words(run)
+    text = page_words(run)
     assert run.manifest["conclusion"].startswith("Nothing needs to be done.") and "Nothing: the next night's run looks again." in text
     assert "The reference holds no part train" in text
     assert "not asked for or not given: the course over time ( time ), spoiled photos ( spoiled ), the accuracy on labelled items" in text
@@ -286,9 +278,10 @@ def test_the_report_of_a_recommender(tmp_path):
         given = {"bundle": str(tmp_path / "bundle" / name), "interactions": str(tmp_path / f"{name}.parquet")}
         return run_report("recommender_monitoring", tmp_path / "out" / name, given | more)
     well, ids = run("well"), run("ids", until="2026-05-24")
-    assert well.manifest["conclusion"].startswith("The recommender is healthy.") and "Nothing: the next run looks again." in words(well)
-    assert "a log that has stopped is not noticed" in words(well) and "a log that has stopped" not in words(ids)
+    text = page_words(well)
+    assert well.manifest["conclusion"].startswith("The recommender is healthy.") and "Nothing: the next run looks again." in text
+    assert "a log that has stopped is not noticed" in text and "a log that has stopped" not in page_words(ids)
     assert ids.manifest["conclusion"].startswith("Something is broken. Events of items that the model knows went from")
-    assert ids.metrics["known_event_share"] == 0 and ids.metrics["broken"] == 1 and "Compare some item ids" in words(ids)
+    assert ids.metrics["known_event_share"] == 0 and ids.metrics["broken"] == 1 and "Compare some item ids" in page_words(ids)
     assert {"ndcg@10", "ndcg@10_ci_low", "known_event_share", "new_user_share", "coverage@10"} <= set(well.metrics)
     assert json.loads((well.folder / "metrics.json").read_text())["ndcg@10"] == well.metrics["ndcg@10"]

@@ -10,6 +10,7 @@ from datetime import date, datetime
 import nbformat
 import pytest
 
+from helpers import visrec
 from visrec_nb.core.errors import ParameterError
 from visrec_nb.reports.parameters import check_parameters, parse_parameters, read_parameters
 
@@ -61,11 +62,6 @@ def template(tmp_path):
     spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), path := tmp_path / "nightly.ipynb")
     return path
-
-
-def visrec(*args, **options):
-    command = [sys.executable, "-c", "from visrec_nb.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.mark.parametrize(

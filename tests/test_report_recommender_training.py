@@ -1,13 +1,12 @@
 """The report on one recommender, run as a user runs it: on films, on noise, on a test log with strangers; and what it stands on."""
 
-import html
 import json
-import re
 
 import numpy as np
 import polars as pl
 import pytest
 
+from helpers import page_words
 from visrec_nb.core.errors import InputError
 from visrec_nb.data.samples import movielens
 from visrec_nb.recsys import ALS, EASE, Hybrid, load, protocol, tune
@@ -15,13 +14,6 @@ from visrec_nb.recsys.linear import linear_weights, linear_weights_by_users
 from visrec_nb.recsys.matrix import to_matrix
 from visrec_nb.recsys.models import make_model
 from visrec_nb.reports.runner import run_report
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +37,7 @@ def test_a_good_model_is_said_to_be_worth_using(films, tmp_path):
     given = {"interactions": str(tmp_path / "log.parquet"), "items": str(tmp_path / "movies.parquet"), "weight": "rating",
              "threshold": 3.0, "min_item_events": 3, "bundle": str(tmp_path / "bundle"), "k": 5}
     run = run_report("recommender_training", tmp_path / "report", given)
-    found, text = run.metrics, words(run)
+    found, text = run.metrics, page_words(run)
     assert found["verdict"] == "worth_using" and found["hits_difference_ci_low"] > 0
     assert run.manifest["conclusion"].startswith("This model is worth using. Of 5 suggestions,")
     # the hits once more, by joining tables
@@ -74,7 +66,7 @@ def test_a_model_of_noise_is_no_better(tmp_path):
     noise(600).write_csv(tmp_path / "log.csv")
     given = {"interactions": str(tmp_path / "log.csv"), "model": "item_item", "tune": False, "refit": False, "bundle": str(tmp_path / "b")}
     run = run_report("recommender_training", tmp_path / "report", given)
-    text = words(run)
+    text = page_words(run)
     assert run.metrics["verdict"] == "no_better" and "no better than showing everybody what is popular" in text
     assert "too small to matter" in text and run.metrics["settings"] == {} and "usual settings were taken" in text
     assert "served better than by popularity" not in text
@@ -93,7 +85,7 @@ def test_a_test_log_with_strangers_and_the_same_bytes_twice(films, tmp_path):
     given = {"interactions": str(tmp_path / "log.csv"), "test_log": str(tmp_path / "later.csv"), "model": "popularity",
              "bundle": str(tmp_path / "b"), "examples": 1}
     runs = [run_report("recommender_training", tmp_path / name, given) for name in ("one", "two")]
-    found, text = runs[0].metrics, words(runs[0])
+    found, text = runs[0].metrics, page_words(runs[0])
     unknown = strange["user_id"].n_unique()
     assert found["protocol"]["unknown_test_users"] == unknown and f"{unknown} of these people were not seen in training" in text
     assert found["by_activity"][0]["items"] == "none" and found["by_activity"][0]["n_users"] == unknown
@@ -109,7 +101,8 @@ def test_too_little_data_is_said_to_be_too_little(films, tmp_path):
     log.select("user_id", "item_id").write_csv(tmp_path / "log.csv")
     given = {"interactions": str(tmp_path / "log.csv"), "test": "random_per_user", "bundle": str(tmp_path / "b"), "tune": False}
     run = run_report("recommender_training", tmp_path / "report", given)
-    assert run.metrics["verdict"] == "too_little_data" and "12 people in the test" in words(run) and "The log has no times" in words(run)
+    text = page_words(run)
+    assert run.metrics["verdict"] == "too_little_data" and "12 people in the test" in text and "The log has no times" in text
 
 
 @pytest.mark.slow
@@ -136,8 +129,8 @@ def test_the_comparison_takes_any_models(films, tmp_path):
     assert list(run.metrics["models"]) == ["ease", "markov", "popularity"] and run.metrics["new_items"] == {}
     best = max(run.metrics["models"], key=lambda name: run.metrics["models"][name]["ndcg@10"])
     assert run.metrics["taken"] == best != "popularity" and f"{best}_popularity" in run.metrics["differences"]
-    assert "training seconds" in words(run) and "training_seconds" not in json.dumps(run.metrics)
-    assert "as it was not asked for: new items" in words(run)
+    assert "training seconds" in page_words(run) and "training_seconds" not in json.dumps(run.metrics)
+    assert "as it was not asked for: new items" in page_words(run)
 
 
 def test_what_tuning_takes_over_changes_no_figure(films):

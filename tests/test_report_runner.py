@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from helpers import visrec
 from visrec_nb.core.errors import InputError, ParameterError, ReportError
 from visrec_nb.reports.kernels import marked_processes
 from visrec_nb.reports.runner import run_report
@@ -81,11 +82,6 @@ def sleepers(folder):
         except OSError:
             pass
     return found
-
-
-def visrec(*args, **options):
-    command = [sys.executable, "-c", "from visrec_nb.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def test_what_a_run_leaves(tmp_path):

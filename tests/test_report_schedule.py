@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+import helpers
 import nbformat
 import pytest
 import yaml
@@ -28,9 +30,7 @@ from visrec_nb.reports.schedule import (
 ODD = "100% of \"it's\" $HOME\\x" # a folder that shells, cron and systemd would each take for something else
 
 
-def visrec(*args, cwd=None) -> subprocess.CompletedProcess:
-    code = "from visrec_nb.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
+visrec = partial(helpers.visrec, timeout=120)
 
 
 @pytest.fixture

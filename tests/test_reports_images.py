@@ -1,8 +1,6 @@
 """The reports about photo classifiers, run as a user runs them: on few photos, with a planted fault, and with several labels a photo."""
 
-import html
 import json
-import re
 
 import numpy as np
 import polars as pl
@@ -10,6 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import accuracy_score, average_precision_score
 
+from helpers import page_words
 from visrec_nb.core.errors import InputError
 from visrec_nb.core.files import cache_dir
 from visrec_nb.data.catalog import write_catalog
@@ -19,13 +18,6 @@ from visrec_nb.vision.learners import image_learner
 
 pytestmark = pytest.mark.slow
 CLASSES = ["hat", "pants", "shoes"]
-
-
-def words(run) -> str:
-    "The text of a page."
-    page = (run.folder / "index.html").read_text(encoding="utf-8")
-    page = re.sub(r"<style.*?</style>|<script.*?</script>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def test_the_evaluation_names_the_slice_with_the_planted_fault(photos, bundle, t
     run = run_report("image_evaluation", tmp_path / "report", {
         "catalog": str(tmp_path / "catalog.parquet"), "bundle": str(bundle.path), "compare": str(bundle.path), "slices": "camera",
         "robustness": 1, "explain": 1})
-    test, text = photos.filter(split="test"), words(run)
+    test, text = photos.filter(split="test"), page_words(run)
     answers = bundle.predict(test["path"].to_list())["label"]
     assert run.metrics["accuracy"] == pytest.approx(accuracy_score(test["label"], answers))
     flagged = [f"{row['column']} {row['slice']}" for row in run.metrics["slices"] if row["flag"]]
@@ -82,7 +74,7 @@ def test_a_report_on_several_labels(photos, tmp_path):
         "catalog": str(tmp_path / "pairs.parquet"), "bundle": str(tmp_path / "bundle"), "explain": 0})
     test = model.evaluate(catalog, store=tmp_path / "store")
     assert run.metrics["map"] == pytest.approx(average_precision_score(test.targets, test.probs, average="macro"))
-    text = words(run)
+    text = page_words(run)
     assert "all their labels and no other" in text and "set_size@90" not in run.metrics
     assert "as it was not asked for: spoiled photos" in text
 
@@ -101,7 +93,7 @@ def test_photos_without_a_test_part_are_not_tested_on_what_was_learned(tmp_path)
     run = run_report("image_training", tmp_path / "report", {"catalog": str(tmp_path / "c.parquet"), "bundle": str(tmp_path / "b")})
     data = json.loads((tmp_path / "b" / "manifest.json").read_text())["data"]
     assert run.metrics["items"] + data["train"] + data["valid"] == len(few) and run.metrics["items"] < 0.2 * len(few)
-    assert run.metrics["accuracy_ci_low"] < 1 / 3 and "had no test part" in words(run) and "do not use it" in words(run)
+    assert run.metrics["accuracy_ci_low"] < 1 / 3 and "had no test part" in page_words(run) and "do not use it" in page_words(run)
 
 
 def test_the_training_report_trains_the_whole_network_where_epochs_are_asked_for(photos, tmp_path):
@@ -111,4 +103,4 @@ def test_the_training_report_trains_the_whole_network_where_epochs_are_asked_for
     run = run_report("image_training", tmp_path / "report", given, bundles=[tmp_path / "bundle"])
     facts = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert len(facts["training"]["epochs"]) == 1 and facts["network_gap"] < 1e-4 and facts["metrics"]["accuracy"] == run.metrics["accuracy"]
-    assert "Epochs of the whole network: 1" in words(run)
+    assert "Epochs of the whole network: 1" in page_words(run)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_it_worth_it', 'quality_by_k', 'by_activity', 'by_popularity', 'newcomers', 'plot_by_k', 'plot_served']
 
-# %% ../../nbs/recsys/served.ipynb #d88a3250
+# %% ../../nbs/recsys/served.ipynb #0abc3e11
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from ..core.errors import require
 from ..core.seeds import rng
 from ..core.stats import adjust_p, mean_interval, ratio_interval, sign_flip_test, with_interval
 from .base import Recommender
 from .evaluation import Comparison, user_metrics
 from .matrix import as_ids, rows_of, to_matrix
 from .metrics import hits, ranking_metrics
-from .plots import COLOURS
+from .plots import COLOURS, new_axes
 from .protocols import Protocol, ProtocolResult
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
@@ -160,19 +159,12 @@ def newcomers(
     names_of = {"events": pl.Int64, "n_users": pl.Int64, **dict.fromkeys(("hit_rate", "ci_low", "ci_high"), pl.Float64)}
     return pl.DataFrame(rows, schema=names_of, orient="row")
 
-# %% ../../nbs/recsys/served.ipynb #1ce8c45e
-def _axes(height: float) -> tuple["Figure", Any]:
-    figure = require("matplotlib.figure", "reports").Figure(figsize=(6, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
+# %% ../../nbs/recsys/served.ipynb #e1d8ee23
 def plot_by_k(
     curve: pl.DataFrame, # from `quality_by_k`
 ) -> "Figure":
     "Found suggestions against the length of the lists."
-    figure, axes = _axes(3.2)
+    figure, axes = new_axes(3.2)
     for colour, (name,) in zip((COLOURS * 3), curve.select("model").unique(maintain_order=True).rows(), strict=False):
         part = curve.filter(model=name).sort("k")
         axes.plot(part["k"], part["hits"], "o-", color=colour, label=name)
@@ -192,7 +184,7 @@ def plot_served(
     "A share for each group, the model's beside the plain one's."
     value, label = (("hit_rate", "people who find something they chose (%)") if "hit_rate" in groups.columns
                     else ("found", "choices that stood in the list (%)"))
-    figure, axes = _axes(0.5 * groups.height + 1.4)
+    figure, axes = new_axes(0.5 * groups.height + 1.4)
     at = np.arange(groups.height)[::-1]
     if value == "found":
         spread = 100 * np.abs(groups.select("ci_low", "ci_high").to_numpy().T - groups[value].to_numpy())
