@@ -72,7 +72,7 @@ def demo(
     if as_json: _print_json(found)
     else: typer.echo(str(out / "index.html"))
 
-# %% ../nbs/cli.ipynb #b4f914f0
+# %% ../nbs/cli.ipynb #df3df0a3
 def _vectors(catalog: "pl.DataFrame", embeddings: bool, backbone: str) -> Any:
     from visrec_nb.core.files import cache_dir
     if not embeddings: return None
@@ -188,7 +188,7 @@ def data_split(
 
 def _pairs_of(path: Path) -> "pl.DataFrame": # item_id, other_item_id
     "A table of pairs from a file."
-    from visrec_nb.recsys.models import read_table
+    from visrec_nb.data.interactions import read_table
     table = read_table(path)
     if not {"item_id", "other_item_id"} <= set(table.columns):
         raise InputError(f"{path}: a table with item_id and other_item_id is meant")
@@ -275,7 +275,7 @@ def search_command(
     if as_json: _print_json({"results": found.to_dicts()})
     else: _write_table(found, None)
 
-# %% ../nbs/cli.ipynb #815b42c0
+# %% ../nbs/cli.ipynb #d0a47df1
 def _finish_vision(learn: Any, catalog: "pl.DataFrame", out: Path, seed: int, as_json: bool, int8: bool = False) -> None:
     from visrec_nb.core.bundle import add_facts
     from visrec_nb.core.files import cache_dir
@@ -399,9 +399,9 @@ def train_recommender(
     "Train a recommender."
     from visrec_nb.core.bundle import require_place
     from visrec_nb.core.files import sha256_file
-    from visrec_nb.data.interactions import read_interactions
+    from visrec_nb.data.interactions import read_interactions, read_table
     from visrec_nb.recsys.evaluation import evaluate
-    from visrec_nb.recsys.models import catalog_of, check_model, make_model, read_table
+    from visrec_nb.recsys.models import catalog_of, check_model, make_model
     check_model(model, items is not None, embeddings is not None)
     require_place(out)
     looks = _item_looks(embeddings) if embeddings else None

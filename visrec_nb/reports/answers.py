@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREY', 'MATTERS', 'SOURCES', 'sure_above', 'answer_table', 'answer_facts', 'failures', 'extremes',
-           'plot_answers', 'plot_certainty', 'list_facts', 'most_shown', 'sample_lists', 'plot_exposure']
+           'plot_answers', 'plot_certainty', 'shown_items', 'list_facts', 'sample_lists', 'plot_exposure']
 
 # %% ../../nbs/reports/answers.ipynb #4f83abb2
 from collections.abc import Mapping
@@ -62,10 +62,11 @@ def answer_table(
     names = ("label", "answers", "share", "certainty", "sure", "train_share", "differs")
     return table.select(names).sort("answers", "label", descending=[True, False])
 
-# %% ../../nbs/reports/answers.ipynb #9ba80660
+# %% ../../nbs/reports/answers.ipynb #4cff0830
 def answer_facts(
     file: str | Path, # from `score_catalog`
     manifest: Mapping[str, Any], # of the bundle
+    table: pl.DataFrame | None = None, # from `answer_table`, where it is there already
 ) -> dict[str, Any]: # items, scored, failed, unlabelled, certainty, answered@95 ..., label_shift, answers (by label)
     "What became of a catalog, in figures."
     promises = {f"answered@{100 * float(p):g}": limit for p, limit in manifest.get("sure_above", {}).items()}
@@ -75,7 +76,7 @@ def answer_facts(
         pl.col("score").mean().alias("certainty"),
         *((pl.col("score").filter(good) >= limit).sum().alias(name) for name, limit in promises.items() if limit is not None))
     found = sums.collect(engine="streaming").row(0, named=True)
-    table = answer_table(file, manifest)
+    table = answer_table(file, manifest) if table is None else table
     shares = {name: found.get(name, 0) / max(found["scored"], 1) for name in promises}
     shift = (table["share"] - table["train_share"]).abs().max() if found["scored"] else None
     answers = dict(table.sort("label").select("label", "answers").rows())
@@ -148,15 +149,20 @@ def plot_certainty(
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-# %% ../../nbs/reports/answers.ipynb #e3877265
-def _shown(file: str | Path) -> pl.DataFrame: # item_id, lists[, title]: the most shown first
+# %% ../../nbs/reports/answers.ipynb #eb9cc148
+def shown_items(
+    file: str | Path, # from `recommend_users`
+) -> pl.DataFrame: # item_id[, title], lists (it stands in), share (of all lists): the most shown first
+    "How often each item is shown."
     table = pl.scan_parquet(file)
+    total = table.select(pl.col("user_id").n_unique()).collect(engine="streaming").item()
     title = [pl.col("title").first()] if "title" in table.collect_schema() else []
-    found = table.group_by("item_id").agg(pl.len().alias("lists"), *title).collect(engine="streaming")
-    return found.sort("lists", "item_id", descending=[True, False])
+    found = table.group_by("item_id").agg(*title, pl.len().alias("lists")).collect(engine="streaming")
+    return found.sort("lists", "item_id", descending=[True, False]).with_columns(share=pl.col("lists") / max(total, 1))
 
 def list_facts(
     file: str | Path, # from `recommend_users`
+    shown: pl.DataFrame, # from `shown_items`
     n_items: int, # that the bundle knows
     users: int, # asked for
     k: int, # length asked for
@@ -165,21 +171,12 @@ def list_facts(
     table = pl.scan_parquet(file).group_by("user_id").agg(pl.len().alias("length"), pl.col("source").first())
     by = table.group_by("source").agg(users=pl.len(), short=(pl.col("length") < k).sum()).collect(engine="streaming")
     count = dict(by.select("source", "users").rows())
-    lists, shown = _shown(file)["lists"].to_numpy(), int(by["users"].sum())
+    lists, got = shown["lists"].to_numpy(), int(by["users"].sum())
     places = max(int(lists.sum()), 1)
     top = {f"top_{p}_percent": float(lists[:max(1, round(n_items * p / 100))].sum() / places) for p in (1, 10)}
     return {"users": users, **{f"users_{name}": count.get(name, 0) for name in sorted({"known", "folded_in", "popular", *count})},
-            "without_list": users - shown, "short_lists": int(by["short"].sum()), "items": n_items, "items_shown": len(lists),
-            f"coverage@{k}": len(lists) / max(n_items, 1), **top, "most_shown": float(lists.max(initial=0)) / max(shown, 1)}
-
-def most_shown(
-    file: str | Path, # from `recommend_users`
-    limit: int = 10, # items
-) -> pl.DataFrame: # item_id[, title], lists, share (of the lists)
-    "The items that stand in most lists."
-    total = pl.scan_parquet(file).select(pl.col("user_id").n_unique()).collect(engine="streaming").item()
-    found = _shown(file).head(limit).with_columns(share=pl.col("lists") / max(total, 1))
-    return found.select("item_id", *(["title"] if "title" in found.columns else []), "lists", "share")
+            "without_list": users - got, "short_lists": int(by["short"].sum()), "items": n_items, "items_shown": len(lists),
+            f"coverage@{k}": len(lists) / max(n_items, 1), **top, "most_shown": float(lists.max(initial=0)) / max(got, 1)}
 
 SOURCES = {"known": "what they did before the training", "folded_in": "newer events too", "segment": "their group",
            "popular": "what is popular"}
@@ -202,12 +199,12 @@ def sample_lists(
     return found.join(order, on="user_id").sort("order", "rank").drop("order")
 
 def plot_exposure(
-    file: str | Path, # from `recommend_users`
+    shown: pl.DataFrame, # from `shown_items`
     n_items: int, # that the bundle knows
 ) -> "Figure":
     "Which share of the places goes to which share of the items."
     import matplotlib.pyplot as plt
-    lists = _shown(file)["lists"].to_numpy()
+    lists = shown["lists"].to_numpy()
     places = 100 * np.cumsum(lists) / max(lists.sum(), 1)
     items = 100 * np.arange(1, len(lists) + 1) / n_items
     few = np.unique(np.geomspace(1, max(len(lists), 1), 300).round().astype(int)) - 1 # of a million points a page needs no more

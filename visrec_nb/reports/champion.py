@@ -144,27 +144,29 @@ def _judged(found: dict[str, Any], least_gain: float, non_inferiority: float | N
     more = more_needed(found, bar) if verdict == "open" else None
     return found | {"verdict": verdict, "bar": bar, "more_needed": more, "findable": findable(found)}
 
-# %% ../../nbs/reports/champion.ipynb #347b69cd
-def _label_parts(a: "Evaluation", b: "Evaluation", labels: Sequence[str], limits: Any, groups: np.ndarray | None) -> list[Part]:
-    def of(rows: np.ndarray) -> np.ndarray | None: return None if groups is None else groups[rows]
+# %% ../../nbs/reports/champion.ipynb #2c69bac8
+def _part(column: str, name: str, rows: np.ndarray, right: Sequence[np.ndarray], groups: np.ndarray | None) -> Part:
+    return Part(column, name, right[0][rows], right[1][rows], None if groups is None else groups[rows])
+
+def _label_parts(
+    a: "Evaluation", b: "Evaluation", right: Sequence[np.ndarray], labels: Sequence[str], limits: Any, groups: np.ndarray | None,
+) -> list[Part]:
     if a.targets.ndim == 1:
-        right, each = [t.probs.argmax(1) == t.targets for t in (a, b)], [a.targets == k for k in range(len(labels))]
-        return [Part("label", labels[k], right[0][rows], right[1][rows], of(rows)) for k, rows in enumerate(each) if rows.any()]
+        each = [a.targets == k for k in range(len(labels))]
+        return [_part("label", labels[k], rows, right, groups) for k, rows in enumerate(each) if rows.any()]
     first, second = limits if isinstance(limits, tuple) else (limits, limits)
     decided = (a.probs >= first) == a.targets, (b.probs >= second) == a.targets
     return [Part("label", label, decided[0][:, k], decided[1][:, k], groups) for k, label in enumerate(labels)]
 
 def _slice_parts(a: "Evaluation", right: Sequence[np.ndarray], columns: str, groups: np.ndarray | None, photos: bool) -> list[Part]:
+    from visrec_nb.reports.classifiers import named_columns
     from visrec_nb.vision.slices import make_slices, picture_facts
-    names = [c.strip() for c in columns.split(",") if c.strip()]
-    if lost := [c for c in names if c not in a.catalog.columns]:
-        raise ParameterError(f"slices: the catalog has no column {lost[0]!r}; it has {', '.join(a.catalog.columns)}")
+    names = named_columns(columns, a.catalog)
     items = a.catalog.select(names)
     if photos:
         measured = picture_facts(a.catalog["path"].to_list())
         items = measured.drop("path", "problem", "width", "height", *names, strict=False).hstack(items)
-    def part(rows: np.ndarray) -> tuple[Any, ...]: return right[0][rows], right[1][rows], None if groups is None else groups[rows]
-    return [Part(s.column, s.name, *part(s.rows)) for s in make_slices(items)]
+    return [_part(s.column, s.name, s.rows, right, groups) for s in make_slices(items)]
 
 def _groups(catalog: pl.DataFrame) -> np.ndarray | None:
     "What belongs together; an item without a group is one of its own."
@@ -217,7 +219,7 @@ def classifier_contest(
              "alike": alike or bool(one and agreed.all()), "agreement": float(agreed.mean()),
              "only_challenger_right": counts["only_a_right"], "only_champion_right": counts["only_b_right"],
              "both_right": counts["both_right"], "both_wrong": counts["both_wrong"]}
-    parts = parts_table(_label_parts(a, b, labels, limits, groups) + _slice_parts(a, right, slices, groups, kind == "image"), seed)
+    parts = parts_table(_label_parts(a, b, right, labels, limits, groups) + _slice_parts(a, right, slices, groups, kind == "image"), seed)
     extra = {k: v for k, v in counts.items() if k.startswith(("macro_f1", "log_loss", "exact_match"))}
     skipped = pl.concat([t.skipped for t in found]).unique("item_id", maintain_order=True)
     metrics = _judged(facts, least_gain, non_inferiority) | extra | {
@@ -260,20 +262,19 @@ def _common_test(models: tuple[Any, Any], log: pl.DataFrame) -> tuple[pl.DataFra
                                 "that not both know, the rest stand in what the bundles learned from; give a log of later events")
     return test, common, facts | {"events": test.height}
 
-# %% ../../nbs/reports/champion.ipynb #452d5144
+# %% ../../nbs/reports/champion.ipynb #030e5572
 def _people(model: Any, users: pl.Series, log: pl.DataFrame, columns: str) -> pl.DataFrame:
     "What is known of test users: how much, how rare their taste is, and columns of the log."
     from visrec_nb.recsys.evaluation import known_histories
     from visrec_nb.recsys.matrix import rows_of
     from visrec_nb.recsys.metrics import profile_popularity
     from visrec_nb.recsys.protocols import _tastes
+    from visrec_nb.reports.classifiers import named_columns
     starts, items, _ = known_histories(model, users)
     taste = np.full(len(users), None, object)
     for name, those in _tastes(profile_popularity(starts, items, model.popularity(), 1)).items(): taste[those] = name
     table = pl.DataFrame({"user_id": users, "known choices": np.diff(starts), "taste": pl.Series(taste.tolist(), dtype=pl.String)})
-    names = [c.strip() for c in columns.split(",") if c.strip()]
-    if lost := [c for c in names if c not in log.columns]:
-        raise ParameterError(f"slices: the log has no column {lost[0]!r}; it has {', '.join(log.columns)}")
+    names = named_columns(columns, log, "log")
     first = log.unique("user_id", keep="first", maintain_order=True)
     place = rows_of(users, first["user_id"])
     return table.with_columns(first[name][place].alias(name) for name in names)

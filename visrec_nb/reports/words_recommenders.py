@@ -44,7 +44,7 @@ def taste_conclusion(
     strong = rows["niche"]["ci_low"] > 0.5
     return f"{text}." + (" Rare tastes are drawn towards what everybody has." if strong else "")
 
-# %% ../../nbs/reports/words_recommenders.ipynb #cf3383f9
+# %% ../../nbs/reports/words_recommenders.ipynb #e9cd375c
 def _hits(value: float) -> str:
     if abs(value) < 0.0005: return "0"
     return f"{value:.1f}" if abs(value) >= 0.95 else f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.3f}"
@@ -71,7 +71,7 @@ def worth_conclusion(
             f"{amount(high)}){small}. No more than {_hits(worth['hits_possible'])} could be hit: so many choices were hidden.")
 
 def account_conclusion(
-    facts: Mapping[str, Any], # from `log_facts`
+    facts: Mapping[str, Any], # from `account_facts`
     steps: "pl.DataFrame", # from `account_of`
 ) -> str: # one to three sentences
     "What a recommender learned from, and what was left out."
